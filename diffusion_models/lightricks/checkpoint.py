@@ -1,0 +1,167 @@
+"""LTX checkpoints: what a file holds, found from its header alone.
+
+Official files are safetensors with the transformer's parameters under `model.diffusion_model.` (next to a VAE, or
+not), and a JSON `config` in their metadata, whose `transformer` part says how the parameters are to be used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rayltx.errors import CheckpointError
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_LTX_MARKS = ("adaln_single.emb.timestep_embedder.linear_1.bias", "patchify_proj.weight")
+_AUDIO_MARK = "audio_adaln_single.linear.weight"
+_PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
+
+# As safetensors spells them.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The transformer of a file. `tensors` is by official name without prefix, in the order of the file."""
+
+    path: str
+    prefix: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] = field(default_factory=dict)  # the whole `config`; {} where the file has none
+
+    @property
+    def transformer_config(self) -> Mapping[str, Any]:
+        return self.config.get("transformer", {})
+
+    @property
+    def has_audio(self) -> bool:
+        return _AUDIO_MARK in self.tensors
+
+    @property
+    def num_blocks(self) -> int:
+        return 1 + max((int(m[1]) for m in map(_BLOCK.match, self.tensors) if m), default=-1)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    @property
+    def version(self) -> str:
+        """LTX-Video, LTX-2, LTX-2.3 or LTX-2.5, by what distinguishes their transformers."""
+        if not self.has_audio:
+            return "LTX-Video"
+        if not self.transformer_config.get("cross_attention_adaln", False):
+            return "LTX-2"
+        newer = not self.transformer_config.get("ff_bias", True) or "keyframes_abs_pos_embedding" in self.tensors
+        return "LTX-2.5" if newer else "LTX-2.3"
+
+    @cached_property
+    def chunks(self) -> tuple[tuple[str, ...], ...]:
+        """The tensors' names in portions to be moved at once: one a transformer block, and one for the rest."""
+        by_block: dict[int, list[str]] = {}
+        for name in self.tensors:
+            match = _BLOCK.match(name)
+            by_block.setdefault(int(match[1]) if match else -1, []).append(name)
+        return tuple(tuple(by_block[block]) for block in sorted(by_block))
+
+    @contextmanager
+    def open(self) -> Iterator[CheckpointReader]:
+        """Read tensors: `with checkpoint.open() as reader: reader.read(name)`."""
+        with safe_open(self.path, framework="pt") as file:
+            yield CheckpointReader(self, file)
+
+
+class CheckpointReader:
+    def __init__(self, checkpoint: Checkpoint, file: Any) -> None:
+        self._prefix, self._file = checkpoint.prefix, file
+
+    def read(self, name: str) -> Tensor:
+        """A tensor on a private, copy-on-write mapping of the file: nothing is read before it is used."""
+        return self._file.get_tensor(self._prefix + name)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Find out what a file holds, reading its header alone.
+
+    Raises CheckpointError if it is missing, a pickle, damaged, or not an LTX transformer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.suffix.lower() in _PICKLE_SUFFIXES or _looks_like_pickle(path):
+        raise CheckpointError(
+            f"{path}: a pickle can run code when it is opened, so it is refused; use a .safetensors file of the model"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            found = {name: (slice_.get_dtype(), tuple(slice_.get_shape())) for name, slice_ in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+    prefix = _transformer_prefix(path, found)
+    tensors = {}
+    for name, (dtype, shape) in found.items():
+        if name.startswith(prefix):
+            if dtype not in DTYPES:
+                raise CheckpointError(f"{path}: tensor {name} has the dtype {dtype}, which is not known here")
+            tensors[name.removeprefix(prefix)] = TensorInfo(DTYPES[dtype], shape)
+    return Checkpoint(str(path.resolve()), prefix, tensors, metadata, _read_config(path, metadata))
+
+
+def _looks_like_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start == b"PK\x03\x04" or (len(start) == 4 and start[0] == 0x80 and start[1] in range(2, 6))
+
+
+def _transformer_prefix(path: Path, names: Mapping[str, Any]) -> str:
+    for prefix in (*PREFIXES, ""):
+        if all(prefix + mark in names for mark in _LTX_MARKS):
+            return prefix
+    shown = ", ".join(sorted(names)[:3]) or "none"
+    raise CheckpointError(
+        f"{path}: not an LTX transformer: there is no {_LTX_MARKS[0]} among its {len(names)} tensors ({shown}, ...)"
+    )
+
+
+def _read_config(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    try:
+        config = json.loads(metadata.get("config", "{}"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: its `config` metadata is not JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("transformer", {}), dict):
+        raise CheckpointError(f"{path}: its `config` metadata has no `transformer` object")
+    return config

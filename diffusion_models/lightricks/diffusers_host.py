@@ -1,0 +1,320 @@
+"""The embedded host: `diffusers`' LTX transformers on a rank's own slice of the video tokens.
+
+Everything in these models but attention treats each token by itself. So a rank runs the untouched model on its slice
+of tokens, positions and timesteps, and attention processors bring in what the other ranks hold.
+
+Letters in shapes: B batch, C channels, F, H, W latent frames, rows, columns, n video tokens of this rank, N all video
+tokens, L text tokens, A audio tokens, R rows of timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
+from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
+from torch import Tensor, nn
+
+from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
+from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
+from rayltx.diffusion_models.lightricks.inputs import ForwardInputs
+from rayltx.diffusion_models.lightricks.latent_shape import LatentShape, video_positions
+from rayltx.diffusion_models.lightricks.roles import AttentionRole
+from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
+from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
+from rayltx.errors import InputError, UnsupportedError
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+from rayltx.sequence_parallel.masks import DenseMask
+from rayltx.sequence_parallel.ulysses import gather_tokens
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Modules that turn the timesteps of video tokens into modulations, and are therefore run on rows.
+_VIDEO_TIMESTEP_MODULES = ("time_embed", "av_cross_attn_video_scale_shift", "av_cross_attn_video_a2v_gate")
+
+
+class DiffusersHost:
+    """One model on one rank. Built without memory; parameters are then assigned, and stay what they were given."""
+
+    def __init__(self, model: DiffusersModel, device: str = "cpu") -> None:
+        self.model = model
+        self.device = torch.device(device)
+        self._transformer = model.build()
+        self._official = {official: name for name, official in model.names.items()}
+        self._dtype: torch.dtype | None = None
+        # Of the forward that is running; the hooks and processors below read them.
+        self._sequence: ShardedSequence | None = None
+        self._rows: TimestepRows | None = None
+        self._feed_forward_chunks = 1
+        self._install()
+
+    def assign(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take some of the parameters, by official name. On CPU they stay the tensors that they are, uncopied.
+
+        Raises UnsupportedError unless all have one dtype of float32, bfloat16 and float16.
+        """
+        found = {}
+        for official, tensor in tensors.items():
+            name = self._official.get(official)
+            if name is None:
+                continue  # of the text connector, which is not part of diffusers' transformer
+            if tensor.dtype not in COMPUTE_DTYPES or self._dtype not in (None, tensor.dtype):
+                raise UnsupportedError(
+                    f"{official} is {tensor.dtype}, other parameters are {self._dtype}: the embedded host computes in "
+                    "one dtype of float32, bfloat16 and float16; ask for one with dtype, or run the file in ComfyUI"
+                )
+            self._dtype = tensor.dtype
+            found[name] = tensor.to(self.device)
+        self._transformer.load_state_dict(found, strict=False, assign=True)
+
+    def finish_loading(self) -> None:
+        missing = [name for name, parameter in self._transformer.named_parameters() if parameter.is_meta]
+        assert not missing, f"parameters were never assigned: {missing[:5]}"
+        self._transformer.requires_grad_(False)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """By official name."""
+        return {self.model.names[name]: tensor for name, tensor in self._transformer.state_dict().items()}
+
+    def forward(self, group: SequenceParallelGroup, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """Predict the velocity.
+
+        inputs: the fields of `ForwardInputs`, whole, the same on every rank.
+        Returns on rank 0 {"video": (B, C, F, H, W)}, and {"audio": (B, 8, A, 16)} if audio came in, in the latent's
+        dtype; None on other ranks.
+        Collective. Raises InputError and UnsupportedError, alike on every rank.
+        """
+        checked = ForwardInputs.from_mapping(inputs, self.model.has_audio, self.model.channels)
+        self._check_context(checked)
+        with torch.inference_mode():
+            return self._forward(group, checked)
+
+    # ---- one forward
+
+    def _forward(self, group: SequenceParallelGroup, inputs: ForwardInputs) -> dict[str, Tensor] | None:
+        assert self._dtype is not None, "no parameters were assigned"
+        latent = inputs.latent
+        shape = LatentShape(*latent.shape[2:])
+        mask = inputs.self_attention_mask
+        sequence = ShardedSequence.even(
+            group, shape.num_tokens, None if mask is None else DenseMask(self._to_compute(mask))
+        )
+        rows = TimestepRows.of_tokens(inputs.timestep.to(self.device, torch.float32), shape, sequence.local)
+        tokens = self._to_compute(latent.flatten(2)[:, :, sequence.local].transpose(1, 2))
+        positions = video_positions(shape, inputs.frame_rate, self.model.causal, sequence.local, self.device)
+        arguments = {
+            "hidden_states": tokens,
+            "encoder_hidden_states": self._to_compute(inputs.context),
+            "encoder_attention_mask": self._mask(inputs.context_mask),
+            "timestep": rows.values * self.model.timestep_scale,
+            "video_coords": positions[None].expand(latent.shape[0], -1, -1, -1),
+            "return_dict": False,
+        }
+        if self.model.has_audio:
+            arguments.update(self._audio_video_arguments(inputs, shape, sequence))
+        elif self.model.use_middle_positions:
+            arguments["video_coords"] = arguments["video_coords"].mean(-1)
+        else:
+            arguments["video_coords"] = arguments["video_coords"][..., 0]
+
+        self._sequence, self._rows, self._feed_forward_chunks = sequence, rows, inputs.feed_forward_chunks
+        try:
+            video_local, *audio = self._transformer(**arguments)
+        finally:
+            self._sequence = self._rows = None
+        video = gather_tokens(video_local, sequence.partition.tokens, group.world)
+        if video is None:
+            return None
+        answer = {"video": video.transpose(1, 2).unflatten(2, latent.shape[2:]).to(latent.dtype)}
+        if inputs.audio_latent is not None:
+            # The audio stream ran on every rank; rank 0's copy is the one that counts.
+            answer["audio"] = audio[0].unflatten(2, (8, 16)).transpose(1, 2).to(latent.dtype)
+        return answer
+
+    def _audio_video_arguments(
+        self, inputs: ForwardInputs, shape: LatentShape, sequence: ShardedSequence
+    ) -> dict[str, Any]:
+        batch = inputs.latent.shape[0]
+        scale = self.model.timestep_scale
+        sigma = inputs.timestep.to(self.device, torch.float32).reshape(batch, -1).amax(1)
+        if inputs.audio_latent is None:
+            audio = torch.zeros(batch, 0, int(self.model.arguments["audio_in_channels"]))
+            audio_context = torch.zeros(batch, 1, self.model.context_widths()[1])
+            audio_context_mask = None
+        else:
+            assert inputs.audio_context is not None
+            audio, audio_context = inputs.audio_latent.transpose(1, 2).flatten(2), inputs.audio_context
+            audio_context_mask = inputs.audio_context_mask
+        audio_sigma = audio_timestep = sigma
+        if inputs.audio_timestep is not None and inputs.audio_latent is not None:
+            audio_timestep = inputs.audio_timestep.to(self.device, torch.float32)
+            audio_sigma = audio_timestep.reshape(batch, -1).amax(1)
+            if audio_timestep.numel() not in (batch, batch * audio.shape[1]):
+                raise InputError(
+                    f"audio_timestep has the shape {tuple(audio_timestep.shape)}: it must hold 1 or {audio.shape[1]} "
+                    "(one an audio token) values for each of the batch"
+                )
+        position = torch.arange(shape.num_tokens, device=self.device)[sequence.local]
+        single_pixel_frame = (position < shape.tokens_per_frame)[None, :, None].expand(batch, -1, -1)
+        return {
+            "audio_hidden_states": self._to_compute(audio),
+            "audio_encoder_hidden_states": self._to_compute(audio_context),
+            "audio_encoder_attention_mask": self._mask(audio_context_mask),
+            "audio_timestep": audio_timestep * scale,
+            "audio_num_frames": audio.shape[1],
+            "sigma": sigma * scale,
+            "audio_sigma": audio_sigma * scale,
+            "use_cross_timestep": self.model.cross_timestep,
+            "isolate_modalities": inputs.isolate_modalities or inputs.audio_latent is None,
+            "spatio_temporal_guidance_blocks": list(inputs.spatio_temporal_guidance_blocks),
+            "video_keyframes_mask": single_pixel_frame,
+        }
+
+    def _to_compute(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self._dtype)
+
+    def _mask(self, mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask.to(self.device)
+
+    def _check_context(self, inputs: ForwardInputs) -> None:
+        widths = self.model.context_widths()
+        for name, context, width in zip(
+            ("context", "audio_context"), (inputs.context, inputs.audio_context), widths
+        ):
+            if context is not None and (context.ndim != 3 or context.shape[-1] != width):
+                raise InputError(
+                    f"{name} has the shape {tuple(context.shape)}: {self.model.version} takes (batch, tokens, {width}); "
+                    "was it made for another LTX version?"
+                )
+
+    # ---- what is put into the model, once
+
+    def _install(self) -> None:
+        processor_class = _AudioVideoProcessor if self.model.has_audio else _VideoProcessor
+        for block in self._transformer.transformer_blocks:
+            for role in AttentionRole:
+                attention = getattr(block, role.value, None)
+                if attention is not None:
+                    attention.set_processor(processor_class(self, role))
+            self._chunk(block.ff)
+        for name in _VIDEO_TIMESTEP_MODULES:
+            from_other_stream = self.model.cross_timestep and name != "time_embed"
+            if hasattr(self._transformer, name) and not from_other_stream:
+                getattr(self._transformer, name).register_forward_hook(self._expand_rows)
+        if self.model.has_audio:
+            for name in ("rope", "audio_rope", "cross_attn_rope", "cross_attn_audio_rope"):
+                self._guard_empty(getattr(self._transformer, name))
+
+    def _chunk(self, feed_forward: nn.Module) -> None:
+        at_once = feed_forward.forward
+        feed_forward.forward = lambda x: chunked_feed_forward(at_once, x, self._feed_forward_chunks)
+
+    @staticmethod
+    def _guard_empty(rope: nn.Module) -> None:
+        """diffusers' tables of positions cannot be made for no tokens; `_rotate` does not look at them then."""
+        table = rope.forward
+
+        def forward(coords: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return None if coords.shape[2] == 0 else table(coords, *args, **kwargs)
+
+        rope.forward = forward
+
+    def _expand_rows(self, module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert self._rows is not None
+        return tuple(self._rows.expand(rows) for rows in output)
+
+    @property
+    def sequence(self) -> ShardedSequence:
+        assert self._sequence is not None, "outside of a forward"
+        return self._sequence
+
+
+def _dispatch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The attention backend that is chosen in diffusers."""
+    return dispatch_attention_fn(query, key, value, attn_mask=mask)
+
+
+class _VideoProcessor:
+    """Attention of LTX-Video. Does what diffusers' own processor does, with `ShardedSequence` for the attention itself.
+
+    For video self-attention each projection leaves for the other ranks as soon as it is there.
+    """
+
+    _attention_backend = None  # diffusers looks for these two on every processor
+    _parallel_config = None
+
+    def __init__(self, host: DiffusersHost, role: AttentionRole) -> None:
+        self._host, self._role = host, role
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        out = self._attend(attn, hidden_states, context, attention_mask, image_rotary_emb, image_rotary_emb)
+        return self._project_out(attn, out)
+
+    def _attend(
+        self, attn: nn.Module, x: Tensor, context: Tensor, mask: Tensor | None, query_rotary: Any, key_rotary: Any
+    ) -> Tensor:
+        """(B, tokens, H, E)"""
+        if self._role is AttentionRole.VIDEO_SELF:
+            sequence = self._host.sequence
+            exchange = sequence.self_exchange(attn.heads)
+            value = exchange.send(_heads(attn, attn.to_v(context)))
+            query = exchange.send(_heads(attn, _rotate(attn, attn.norm_q(attn.to_q(x)), query_rotary)))
+            key = exchange.send(_heads(attn, _rotate(attn, attn.norm_k(attn.to_k(context)), key_rotary)))
+            return exchange.attend(query, key, value, _dispatch, mask=sequence.self_attention_mask)
+        query = _heads(attn, _rotate(attn, attn.norm_q(attn.to_q(x)), query_rotary))
+        key = _heads(attn, _rotate(attn, attn.norm_k(attn.to_k(context)), key_rotary))
+        value = _heads(attn, attn.to_v(context))
+        if mask is not None:
+            mask = mask[:, None]  # (B, 1, 1, L): the same for all heads
+        return self._host.sequence.attend(self._role, query, key, value, _dispatch, mask)
+
+    @staticmethod
+    def _project_out(attn: nn.Module, out: Tensor) -> Tensor:
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+class _AudioVideoProcessor(_VideoProcessor):
+    """Attention of LTX-2 and later: two sets of positions, gates by head, spatio-temporal guidance."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: bool | None = None,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if all_perturbed:  # spatio-temporal guidance: the values pass through
+            out = _heads(attn, attn.to_v(context))
+        else:
+            key_rotary = query_rotary_emb if key_rotary_emb is None else key_rotary_emb
+            out = self._attend(attn, hidden_states, context, attention_mask, query_rotary_emb, key_rotary)
+        if attn.to_gate_logits is not None:
+            out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))).unsqueeze(-1)
+        return self._project_out(attn, out)
+
+
+def _heads(attn: nn.Module, x: Tensor) -> Tensor:
+    return x.unflatten(2, (attn.heads, -1))
+
+
+def _rotate(attn: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    if rotary is None or x.shape[1] == 0:
+        return x
+    if getattr(attn, "rope_type", "interleaved") == "split":
+        return apply_split_rotary_emb(x, rotary)
+    return apply_rotary_emb(x, rotary)

@@ -1,0 +1,62 @@
+"""Which GPU each worker gets."""
+
+from __future__ import annotations
+
+import re
+
+from rayltx.errors import DeviceError
+
+_INDEX_LIST = re.compile(r"\s*\d+\s*(,\s*\d+\s*)*,?\s*")
+
+
+def parse_gpu_indices(text: str) -> tuple[int, ...]:
+    """Indices from a list such as "0,2"; () for an empty one. Raises DeviceError for anything else, and for repeats."""
+    if not text.strip():
+        return ()
+    if not _INDEX_LIST.fullmatch(text):
+        raise DeviceError(f'gpu_indices="{text}" must be GPU numbers separated by commas, such as "0,2"')
+    indices = tuple(int(part) for part in text.split(",") if part.strip())
+    if len(set(indices)) < len(indices):
+        raise DeviceError(f'gpu_indices="{text}" names a GPU twice; each worker needs its own')
+    return indices
+
+
+def visible_gpus(cuda_visible_devices: str | None, num_gpus: int) -> tuple[str, ...]:
+    """The devices that this process sees, as CUDA_VISIBLE_DEVICES spells them.
+
+    cuda_visible_devices: that variable, or None where it is not set; it may hold numbers or UUIDs.
+    num_gpus: how many devices CUDA reports to this process.
+    """
+    if cuda_visible_devices is None:
+        return tuple(str(index) for index in range(num_gpus))
+    # CUDA itself ignores the list from the first entry on that it cannot find.
+    return tuple(part.strip() for part in cuda_visible_devices.split(",") if part.strip())[:num_gpus]
+
+
+def assign_gpus(workers: int, indices: tuple[int, ...], visible: tuple[str, ...]) -> tuple[str, ...]:
+    """The value of CUDA_VISIBLE_DEVICES for each worker.
+
+    indices: which of the visible devices to use, in this order; () for the first ones. They count within what this
+    process sees: index 0 of CUDA_VISIBLE_DEVICES=4,5 is GPU 4.
+    Raises DeviceError where an index does not exist or there are too few.
+    """
+    for index in indices:
+        if index >= len(visible):
+            raise DeviceError(
+                f"GPU index {index} does not exist: {len(visible)} GPU(s) are visible here, numbered from 0"
+                + (f" to {len(visible) - 1}" if visible else "; to run on the CPU, choose the device cpu")
+            )
+    chosen = tuple(visible[index] for index in indices) if indices else visible
+    if workers > len(chosen):
+        where = f"gpu_indices names {len(chosen)}" if indices else f"{len(chosen)} are visible here"
+        raise DeviceError(f"workers={workers} need a GPU each, but {where}; use at most {len(chosen)}, or the device cpu")
+    return chosen[:workers]
+
+
+def without_async_allocator(config: str) -> str:
+    """PyTorch's allocator settings (PYTORCH_CUDA_ALLOC_CONF) for a worker.
+
+    ComfyUI chooses cudaMallocAsync for its own process; next to NCCL's buffers that runs out of memory, so a worker
+    gets the setting without its `backend`.
+    """
+    return ",".join(part for part in config.split(",") if part and not part.strip().startswith("backend"))

@@ -1,0 +1,143 @@
+"""Objects with tensors inside, as Ray carries them without copies.
+
+Ray copies torch tensors through pickle, each worker for itself; NumPy arrays it maps. So tensors are taken out of an
+object while it is pickled, wherever they are, and travel as bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray import cloudpickle
+from torch import Tensor
+
+# Smaller tensors travel inside of the message: an object of its own costs about a millisecond.
+INLINE_BYTES = 64 * 2**10
+
+
+@dataclass(frozen=True)
+class WireTensor:
+    """A tensor's bytes, or where they are."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    data: np.ndarray | ray.ObjectRef
+
+    def restore(self) -> Tensor:
+        """A tensor on the bytes, uncopied. What lies in the object store must not be written."""
+        data = ray.get(self.data) if isinstance(self.data, ray.ObjectRef) else self.data
+        return tensor_of_bytes(data, self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Message:
+    payload: bytes
+    tensors: tuple[WireTensor, ...]
+
+
+def bytes_of_tensor(tensor: Tensor) -> np.ndarray:
+    """The tensor's elements as (bytes,) uint8; on CPU and contiguous, uncopied."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def tensor_of_bytes(data: np.ndarray, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """The reverse, uncopied. The tensor keeps `data` alive."""
+    if data.nbytes == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    if not data.flags.writeable:
+        # The same bytes: torch warns of the mark, and ignores it.
+        data = np.asarray(_Unmarked(data))
+    return torch.from_numpy(data).view(dtype).view(tuple(shape))
+
+
+class _Unmarked:
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Pickles closures and classes too, and leaves references in place of tensors."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.tensors: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if type(obj) not in (Tensor, torch.nn.Parameter) or obj.layout != torch.strided or obj.is_quantized:
+            return None
+        number = self._numbers.get(id(obj))
+        if number is None:
+            number = self._numbers[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)  # alive until the message is complete, so that its id stays its own
+        return number
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, payload: bytes, tensors: list[Tensor]) -> None:
+        super().__init__(io.BytesIO(payload))
+        self._tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self._tensors[number]
+
+
+def pack(obj: Any, sent: SentTensors | None = None) -> Message:
+    """Take an object apart. With `sent`, large tensors go into the object store, and what is there already stays there.
+
+    Raises what pickling raises for what cannot cross a process border.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(obj)
+    wires = []
+    for tensor in pickler.tensors:
+        data: np.ndarray | ray.ObjectRef = bytes_of_tensor(tensor)
+        if sent is not None and data.nbytes >= INLINE_BYTES:
+            data = sent.put(data)
+        wires.append(WireTensor(tensor.dtype, tuple(tensor.shape), data))
+    return Message(file.getvalue(), tuple(wires))
+
+
+def unpack(message: Message, private: bool = True) -> Any:
+    """Put it together again. private: give each tensor memory of its own, that may be written."""
+    tensors = [wire.restore() for wire in message.tensors]
+    return _Unpickler(message.payload, [tensor.clone() for tensor in tensors] if private else tensors).load()
+
+
+class SentTensors:
+    """What has been put into the object store and may be asked for again.
+
+    Text conditioning and masks are the same in every step, though ComfyUI makes new tensors of them each time. They
+    are known by their bytes, never by shape or by step, so that what is found is always what was meant.
+    """
+
+    def __init__(self, max_bytes: int = 256 * 2**20) -> None:
+        self._max_bytes = max_bytes
+        self._entries: list[tuple[np.ndarray, ray.ObjectRef]] = []  # most recently used last
+
+    def put(self, data: np.ndarray) -> ray.ObjectRef:
+        """A reference to bytes equal to these. The caller keeps it for as long as a worker may need it."""
+        for position, (known, reference) in enumerate(self._entries):
+            if known.nbytes == data.nbytes and np.array_equal(known[:64], data[:64]) and np.array_equal(known, data):
+                self._entries.append(self._entries.pop(position))
+                return reference
+        reference = ray.put(data)
+        # Keep the store's own mapping to compare with: no second copy of the bytes.
+        self._entries.append((ray.get(reference), reference))
+        while len(self._entries) > 1 and sum(known.nbytes for known, _ in self._entries) > self._max_bytes:
+            self._entries.pop(0)
+        return reference
+
+    def clear(self) -> None:
+        self._entries.clear()

@@ -1,0 +1,58 @@
+"""How large Ray's object store may be."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import psutil
+
+from rayltx.errors import DeviceError
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+MIN_BYTES = 80 * 2**20  # Ray starts with no less than 75 MiB
+_SHARE_OF_SHARED_MEMORY = 0.9
+_SHARE_OF_MEMORY = 0.6
+# Left free for the latents and conditionings of the steps under way.
+STEP_RESERVE_BYTES = 512 * 2**20
+
+
+def object_store_bytes(requested: int, shared_memory_free: int | None = None, memory: int | None = None) -> int:
+    """Size of the object store in bytes.
+
+    requested: 0 chooses nine tenths of what is free in shared memory, and at most six tenths of the machine's memory.
+    The store takes memory as it fills, not when it is made, so a large one costs nothing.
+    Raises DeviceError for a request that shared memory cannot hold: Ray would put the store on a disk, silently.
+    """
+    if shared_memory_free is None:
+        shared_memory_free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else psutil.virtual_memory().available
+    if memory is None:
+        memory = psutil.virtual_memory().total
+    if requested:
+        if requested < MIN_BYTES:
+            raise DeviceError(
+                f"an object store of {requested / 2**20:.0f} MiB is too small: Ray needs at least "
+                f"{MIN_BYTES / 2**20:.0f} MiB; use 0 to choose automatically"
+            )
+        if requested > shared_memory_free:
+            raise DeviceError(
+                f"an object store of {requested / 2**30:.2f} GiB does not fit into shared memory: {SHARED_MEMORY} has "
+                f"{shared_memory_free / 2**30:.2f} GiB free; ask for less, use 0 to choose automatically, or enlarge "
+                f"{SHARED_MEMORY} (in a container: --shm-size)"
+            )
+        return requested
+    automatic = int(min(_SHARE_OF_SHARED_MEMORY * shared_memory_free, _SHARE_OF_MEMORY * memory))
+    if automatic < MIN_BYTES:
+        logger.warning(
+            "%s has only %.0f MiB free: weights will be mapped from their files, and Ray may keep its store on disk; "
+            "enlarge it (in a container: --shm-size)", SHARED_MEMORY, shared_memory_free / 2**20,
+        )
+    return max(automatic, MIN_BYTES)
+
+
+def fits_object_store(weight_bytes: int, store_bytes: int, held_bytes: int) -> bool:
+    """Whether weights can be put next to `held_bytes` of other weights, and leave room for the steps."""
+    return weight_bytes + held_bytes + min(STEP_RESERVE_BYTES, store_bytes // 4) <= store_bytes

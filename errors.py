@@ -1,0 +1,68 @@
+"""Every exception that RayLTX raises.
+
+    RayLTXError
+    |-- UserError (ValueError)          something was asked for that cannot be; nothing was started or changed
+    |   |-- ParallelConfigError         degrees, worker counts, heads
+    |   |-- DeviceError                 GPU indices and counts, shared memory, object store
+    |   |-- CheckpointError             a file that is missing, damaged, or not what it should be
+    |   |-- InputError                  sizes, timesteps, conditioning, prompts
+    |   `-- UnsupportedError            a valid request that this host or file cannot honour
+    `-- ClusterError (RuntimeError)     the workers failed
+        |-- RanksFailedAlike            every rank raised the same: the group is whole, and the call can be repeated
+        |-- RanksDisagree               some ranks raised and others did not: the group's collectives are out of step
+        |-- WorkerDied                  a process is gone
+        `-- WorkerStuck                 a rank did not answer in time
+
+Each keeps its constructor's one argument, the message, in `args`, so that all survive pickling: a class whose
+constructor wants more arrives from Ray as `UnserializableException`, past every `except` that was meant for it.
+"""
+
+from __future__ import annotations
+
+
+class RayLTXError(Exception):
+    """Base of all."""
+
+
+class UserError(RayLTXError, ValueError):
+    """The message names the value, the rule and the remedy."""
+
+
+class ParallelConfigError(UserError):
+    pass
+
+
+class DeviceError(UserError):
+    pass
+
+
+class CheckpointError(UserError):
+    pass
+
+
+class InputError(UserError):
+    pass
+
+
+class UnsupportedError(UserError):
+    pass
+
+
+class ClusterError(RayLTXError, RuntimeError):
+    """The message names the ranks."""
+
+
+class RanksFailedAlike(ClusterError):
+    pass
+
+
+class RanksDisagree(ClusterError):
+    pass
+
+
+class WorkerDied(ClusterError):
+    pass
+
+
+class WorkerStuck(ClusterError):
+    pass

@@ -1,0 +1,110 @@
+"""Ulysses: trade a slice of the tokens for a slice of the heads, and back.
+
+Every rank of a Ulysses group holds some tokens of a chunk with all heads. After `scatter_heads` it holds all tokens of
+the chunk with some heads, and can attend without its neighbours; `gather_heads` is the way back. Neither tokens nor
+heads need divide: all sizes are known on every rank, so uneven parts travel as they are.
+
+Letters in shapes: B batch, n tokens of this rank, N tokens of the chunk, H heads, h heads of this rank, E head width.
+Source: DeepSpeed-Ulysses, arXiv 2309.14509.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from rayltx.sequence_parallel.partition import Partition
+
+
+@dataclass
+class PendingExchange:
+    """An exchange that is under way. The buffers live as long as this object; `wait` may be called once."""
+
+    work: dist.Work
+    sent: Tensor
+    received: Tensor
+    num_tokens: int
+
+    def wait(self) -> Tensor:
+        """(B, N, h, E), in the order of the tokens. A strided view of the received buffer."""
+        self.work.wait()
+        return self.received.transpose(0, 1)
+
+
+def start_scatter_heads(
+    x_local: Tensor, tokens: Partition, heads: Partition, group: ProcessGroup
+) -> PendingExchange:
+    """Start to trade this rank's tokens of all heads for all tokens of this rank's heads.
+
+    x_local: (B, n, H, E), any dtype that the backend carries.
+    tokens, heads: the parts of the chunk's tokens and of the heads, one for each rank of `group`.
+    Collective: every rank in `group` must call it, in the same order among its other collectives.
+    """
+    B, n, H, E = x_local.shape
+    rank = dist.get_rank(group)
+    assert n == tokens.sizes[rank] and H == heads.total, (x_local.shape, tokens, heads, rank)
+    # Tokens come first in the messages, so that what arrives from several ranks is one tensor without another copy.
+    rows = x_local.transpose(0, 1)
+    sent = torch.cat([rows[:, :, heads.slice(to)].reshape(-1) for to in range(len(heads.sizes))])
+    h = heads.sizes[rank]
+    received = x_local.new_empty(tokens.total, B, h, E)
+    work = dist.all_to_all_single(
+        received.view(-1),
+        sent,
+        output_split_sizes=[size * B * h * E for size in tokens.sizes],
+        input_split_sizes=[n * B * size * E for size in heads.sizes],
+        group=group,
+        async_op=True,
+    )
+    return PendingExchange(work, sent, received, tokens.total)
+
+
+def gather_heads(x: Tensor, tokens: Partition, heads: Partition, group: ProcessGroup) -> Tensor:
+    """Trade all tokens of this rank's heads for this rank's tokens of all heads.
+
+    x: (B, N, h, E). Returns (B, n, H, E), same dtype and device.
+    Collective, as `start_scatter_heads`.
+    """
+    B, N, h, E = x.shape
+    rank = dist.get_rank(group)
+    n = tokens.sizes[rank]
+    sent = x.transpose(0, 1).contiguous().view(-1)
+    parts = [n * B * size * E for size in heads.sizes]
+    received = x.new_empty(sum(parts))
+    dist.all_to_all_single(
+        received,
+        sent,
+        output_split_sizes=parts,
+        input_split_sizes=[size * B * h * E for size in tokens.sizes],
+        group=group,
+    )
+    by_rank = [part.view(n, B, size, E) for part, size in zip(received.split(parts), heads.sizes)]
+    return torch.cat(by_rank, dim=2).transpose(0, 1)
+
+
+def gather_tokens(x_local: Tensor, tokens: Partition, group: ProcessGroup | None, to_rank: int = 0) -> Tensor | None:
+    """Collect the tokens of all ranks on one.
+
+    x_local: (B, n, ...). Returns (B, N, ...) on `to_rank`, None on the others.
+    Collective, as `start_scatter_heads`. Sent as an all-to-all: gloo has no gather of uneven parts.
+    """
+    if group is None:
+        return x_local
+    rank = dist.get_rank(group)
+    B, rest = x_local.shape[0], x_local.shape[2:]
+    width = B * math.prod(rest)
+    here = rank == to_rank
+    received = x_local.new_empty(tokens.total if here else 0, B, *rest)
+    dist.all_to_all_single(
+        received.view(-1),
+        x_local.transpose(0, 1).contiguous().view(-1),
+        output_split_sizes=[size * width if here else 0 for size in tokens.sizes],
+        input_split_sizes=[tokens.sizes[rank] * width if to == to_rank else 0 for to in range(len(tokens.sizes))],
+        group=group,
+    )
+    return received.transpose(0, 1) if here else None

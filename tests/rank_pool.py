@@ -1,0 +1,76 @@
+"""A few processes that stay, and run functions as the ranks of a gloo group.
+
+Starting a process costs seconds (importing torch), forming a group of running ones milliseconds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class RankPool:
+    def __init__(self, num_ranks: int) -> None:
+        context = mp.get_context("spawn")
+        self._directory = tempfile.TemporaryDirectory()
+        self._groups = 0
+        self._pipes, self._processes = [], []
+        for _ in range(num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, world_size: int, function, *args, timeout_s: float = 120.0) -> list:
+        """Call `function(*args)` on `world_size` ranks of a new group; its results by rank.
+
+        The function must be importable. Raises AssertionError with the traceback of a rank that failed.
+        """
+        self._groups += 1
+        store = str(Path(self._directory.name) / f"store-{self._groups}")
+        pipes = self._pipes[:world_size]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((rank, world_size, store, function, args))
+        answers = []
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(timeout_s), f"rank {rank} of {world_size} did not answer within {timeout_s} s"
+            answers.append(pipe.recv())
+        for rank, (ok, answer) in enumerate(answers):
+            assert ok, f"rank {rank} of {world_size} failed:\n{answer}"
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        self._directory.cleanup()
+
+
+def _serve(pipe) -> None:
+    torch.set_num_threads(1)
+    while True:
+        rank, world_size, store, function, args = pipe.recv()
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=60),
+            )
+            try:
+                with torch.inference_mode():
+                    answer = True, function(*args)
+            finally:
+                dist.destroy_process_group()
+        except Exception:  # the process boundary
+            answer = False, traceback.format_exc()
+        pipe.send(answer)

@@ -1,0 +1,160 @@
+"""The exchange alone, against attention computed whole in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+from rayltx.sequence_parallel.local_attention import torch_attention
+from rayltx.sequence_parallel.masks import DenseMask, GroupedMask
+from rayltx.sequence_parallel.partition import ParallelConfig, Partition, TokenPartition
+from rayltx.sequence_parallel.self_attention import SelfAttentionExchange
+from rayltx.sequence_parallel.sharded_keys import attention_over_sharded_keys
+from rayltx.sequence_parallel.ulysses import gather_heads, gather_tokens, start_scatter_heads
+
+DEGREES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def qkv(batch, tokens, heads, width, dtype):
+    return [random(batch, tokens, heads, width, seed=seed, dtype=dtype) for seed in range(3)]
+
+
+def dense_mask(tokens, heads, dtype):
+    """Hides some keys from some queries, weakens others, never a whole row."""
+    mask = random(1, heads, tokens, tokens, seed=5)
+    mask = mask.masked_fill(random(1, 1, tokens, tokens, seed=6) > 0.7, -torch.inf)
+    mask[..., 0] = 0.0
+    return mask.to(dtype)
+
+
+def grouped_mask(tokens, dtype):
+    """As ComfyUI's guides make it: noisy queries, tracked guide queries, the rest."""
+    start, tracked = tokens // 2, tokens // 4
+    weights = random(tracked, seed=7).abs()
+    noisy = torch.zeros(1, 1, 1, tokens)
+    noisy[..., start : start + tracked] = torch.log(weights)
+    guide = torch.zeros(1, 1, tracked, tokens)
+    guide[..., :start] = torch.log(weights)[:, None]
+    groups = ((start, noisy.to(dtype)), (tracked, guide.to(dtype)), (tokens - start - tracked, None))
+    dense = torch.zeros(1, 1, tokens, tokens)
+    dense[:, :, :start] = noisy
+    dense[:, :, start : start + tracked] = guide
+    return GroupedMask(groups), dense.to(dtype)
+
+
+def whole_attention(q, k, v, mask=None):
+    """float64, by the formula."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores + mask.double()
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def relative_error(out, reference):
+    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def shard_and_attend(degrees, batch, tokens, heads, width, dtype, mask_kind):
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees)) if degrees != (1, 1) else SequenceParallelGroup.single()
+    partition = TokenPartition.even(tokens, group.config)
+    mine = partition.local(group.rank)
+    q, k, v = (x[:, mine] for x in qkv(batch, tokens, heads, width, dtype))
+    mask = None
+    if mask_kind == "dense":
+        mask = DenseMask(dense_mask(tokens, heads, dtype))
+    elif mask_kind == "grouped":
+        mask, _ = grouped_mask(tokens, dtype)
+    exchange = SelfAttentionExchange(group, partition, heads)
+    value, query, key = exchange.send(v), exchange.send(q), exchange.send(k)
+    out = exchange.attend(query, key, value, torch_attention, mask=mask)
+    assert out.shape == q.shape and out.dtype == dtype
+    gathered = gather_tokens(out, partition.tokens, group.world)
+    return gathered.float().numpy() if gathered is not None else None
+
+
+@pytest.mark.parametrize("mask_kind", [None, "dense", "grouped"])
+@pytest.mark.parametrize("degrees", DEGREES)
+def test_self_attention_equals_the_whole_in_float32(ranks, degrees, mask_kind):
+    # 29 tokens and 5 heads: neither divides by 2, 3 or 4.
+    batch, tokens, heads, width = 2, 29, 5, 8
+    world_size = degrees[0] * degrees[1]
+    out = ranks.run(world_size, shard_and_attend, degrees, batch, tokens, heads, width, torch.float32, mask_kind)[0]
+    mask = {None: None, "dense": dense_mask(tokens, heads, torch.float32), "grouped": grouped_mask(tokens, torch.float32)[1]}
+    reference = whole_attention(*qkv(batch, tokens, heads, width, torch.float32), mask[mask_kind])
+    assert relative_error(torch.from_numpy(out), reference) < 5e-7  # a few roundings of float32
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (4, 1), (1, 3), (2, 2)])
+def test_self_attention_in_bfloat16_is_as_close_as_one_rank(ranks, degrees):
+    batch, tokens, heads, width = 1, 67, 6, 16
+    inputs = qkv(batch, tokens, heads, width, torch.bfloat16)
+    reference = whole_attention(*inputs)
+    alone = relative_error(torch_attention(*inputs), reference)
+    out = ranks.run(degrees[0] * degrees[1], shard_and_attend, degrees, batch, tokens, heads, width, torch.bfloat16, None)
+    error = relative_error(torch.from_numpy(out[0]), reference)
+    # Ulysses changes nothing but the batch of heads; the ring rounds each part once more before it is merged.
+    assert error < alone * (1.02 if degrees[1] == 1 else 1.5), (error, alone)
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (4, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("tokens, heads", [(3, 4), (1, 1), (7, 1), (2, 3)])
+def test_ranks_without_tokens_or_heads_take_part(ranks, degrees, tokens, heads):
+    out = ranks.run(degrees[0] * degrees[1], shard_and_attend, degrees, 1, tokens, heads, 8, torch.float32, None)[0]
+    reference = whole_attention(*qkv(1, tokens, heads, 8, torch.float32))
+    assert relative_error(torch.from_numpy(out), reference) < 5e-7
+
+
+def scatter_and_gather(tokens, heads):
+    group = SequenceParallelGroup.create(ParallelConfig(3, 1))
+    parts, by_head = Partition.even(tokens, 3), Partition.even(heads, 3)
+    x = torch.arange(2 * tokens * heads * 2).view(2, tokens, heads, 2)
+    mine = x[:, parts.slice(group.rank)]
+    scattered = start_scatter_heads(mine, parts, by_head, group.ulysses).wait()
+    back = gather_heads(scattered, parts, by_head, group.ulysses)
+    return bool((scattered == x[:, :, by_head.slice(group.rank)]).all()), bool((back == mine).all())
+
+
+def test_heads_travel_to_their_rank_and_back(ranks):
+    assert ranks.run(3, scatter_and_gather, 11, 7) == [(True, True)] * 3
+
+
+def attend_sharded_keys(world_size, batch, queries, tokens, heads, width, dtype, masked):
+    group = SequenceParallelGroup.create(ParallelConfig(world_size, 1))
+    mine = TokenPartition.even(tokens, group.config).local(group.rank)
+    q, k, v = sharded_keys_inputs(batch, queries, tokens, heads, width, dtype)
+    mask = key_mask(tokens)[..., mine] if masked else None
+    return attention_over_sharded_keys(q, k[:, mine], v[:, mine], group, mask_local=mask).float().numpy()
+
+
+def sharded_keys_inputs(batch, queries, tokens, heads, width, dtype):
+    _, k, v = qkv(batch, tokens, heads, width, dtype)
+    return random(batch, queries, heads, width, seed=9, dtype=dtype), k, v
+
+
+def key_mask(tokens):
+    """Hides the first third of the keys: at 3 ranks and more, all that some rank holds."""
+    mask = torch.zeros(1, 1, 1, tokens)
+    mask[..., : tokens // 3] = -torch.inf
+    return mask
+
+
+@pytest.mark.parametrize("world_size, masked", itertools.product([2, 3, 4], [False, True]))
+def test_sharded_keys_merge_to_the_whole_and_ranks_agree_bitwise(ranks, world_size, masked):
+    arguments = (2, 13, 31, 3, 8, torch.float32)
+    outs = ranks.run(world_size, attend_sharded_keys, world_size, *arguments, masked)
+    reference = whole_attention(*sharded_keys_inputs(*arguments), key_mask(31) if masked else None)
+    assert relative_error(torch.from_numpy(outs[0]), reference) < 5e-7
+    assert all((out == outs[0]).all() for out in outs)
+
+
+def test_more_ranks_than_keys(ranks):
+    outs = ranks.run(4, attend_sharded_keys, 4, 1, 5, 2, 3, 8, torch.float32, False)
+    reference = whole_attention(*sharded_keys_inputs(1, 5, 2, 3, 8, torch.float32))
+    assert relative_error(torch.from_numpy(outs[0]), reference) < 5e-7

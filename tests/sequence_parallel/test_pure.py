@@ -1,0 +1,94 @@
+"""Parts of the parallel layer that need no second process."""
+
+import pytest
+import torch
+
+from rayltx.errors import ParallelConfigError
+from rayltx.sequence_parallel.local_attention import attention_with_lse, plain_attention
+from rayltx.sequence_parallel.partition import ParallelConfig, Partition, TokenPartition
+from rayltx.sequence_parallel.softmax_merge import SoftmaxAccumulator
+
+
+def test_even_partition_covers_everything_once():
+    assert Partition.even(10, 4).sizes == (3, 3, 2, 2)
+    assert Partition.even(2, 4).sizes == (1, 1, 0, 0)
+    assert [Partition.even(10, 4).slice(part) for part in range(4)] == [slice(0, 3), slice(3, 6), slice(6, 8), slice(8, 10)]
+
+
+def test_ranks_of_a_ulysses_group_hold_one_consecutive_chunk():
+    partition = TokenPartition.even(11, ParallelConfig(ulysses_degree=2, ring_degree=2))
+    assert partition.tokens.sizes == (3, 3, 3, 2)
+    assert partition.chunks.sizes == (6, 5)
+    assert partition.chunk_sizes(1) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "workers, ulysses, ring, expected",
+    [(4, 0, 0, (4, 1)), (4, 2, 0, (2, 2)), (4, 0, 4, (1, 4)), (6, 2, 3, (2, 3)), (1, 0, 0, (1, 1))],
+)
+def test_open_degrees_are_filled_in(workers, ulysses, ring, expected):
+    config = ParallelConfig.for_workers(workers, ulysses, ring)
+    assert (config.ulysses_degree, config.ring_degree) == expected
+
+
+@pytest.mark.parametrize("workers, ulysses, ring", [(4, 3, 0), (4, 2, 1), (0, 0, 0), (2, 0, -1)])
+def test_degrees_that_do_not_fit_are_refused_with_the_numbers(workers, ulysses, ring):
+    with pytest.raises(ParallelConfigError) as error:
+        ParallelConfig.for_workers(workers, ulysses, ring)
+    assert f"workers={workers}" in str(error.value) or "at least 1" in str(error.value) or "ring_degree=-1" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, "additive", "boolean", "one row"])
+def test_attention_with_lse_equals_the_formula(dtype, masked):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, size, 3, 16, generator=generator).to(dtype) for size in (7, 9, 9))
+    mask = None
+    if masked == "additive":
+        mask = torch.randn(2, 1, 7, 9, generator=generator)
+    elif masked == "boolean":
+        mask = torch.rand(2, 3, 7, 9, generator=generator) > 0.3
+    elif masked == "one row":
+        mask = torch.randn(1, 1, 1, 9, generator=generator)
+    out, lse = attention_with_lse(q, k, v, mask)
+    wide = None if mask is None else (torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(dtype).double())
+    reference, reference_lse = plain_attention(*(x.double().transpose(1, 2) for x in (q, k, v)), wide)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    assert (out.double() - reference.transpose(1, 2)).norm() <= tolerance * reference.norm()
+    assert (lse.double() - reference_lse).abs().max() <= max(tolerance, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 2, 4, 8), (1, 3, 0, 2, 8), (1, 3, 2, 0, 8), (0, 3, 2, 2, 8)])
+def test_empty_attention_gives_no_weight_and_does_not_crash(shape):
+    batch, queries, keys, heads, width = shape
+    q, k = torch.randn(batch, queries, heads, width), torch.randn(batch, keys, heads, width)
+    out, lse = attention_with_lse(q, k, k)
+    assert out.shape == q.shape and not out.any()
+    assert lse.shape == (batch, heads, queries) and (lse == -torch.inf).all()
+
+
+def test_a_row_without_visible_keys_has_no_weight():
+    q, k, v = (torch.randn(1, 4, 2, 8) for _ in range(3))
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., 2, :] = -torch.inf
+    out, lse = attention_with_lse(q, k, v, mask)
+    assert (lse[:, :, 2] == -torch.inf).all() and not out[:, 2].any()
+    assert torch.isfinite(lse[:, :, [0, 1, 3]]).all()
+
+
+def test_merging_parts_in_any_order_gives_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, size, 2, 8, generator=generator) * 3 for size in (5, 12, 12))
+    whole, _ = attention_with_lse(q, k, v)
+    for parts in [(slice(0, 4), slice(4, 12)), (slice(4, 12), slice(0, 4)), (slice(0, 0), slice(0, 12), slice(0, 0))]:
+        accumulator = SoftmaxAccumulator()
+        for part in parts:
+            accumulator.add(*attention_with_lse(q, k[:, part], v[:, part]))
+        torch.testing.assert_close(accumulator.result(torch.float32), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_merging_nothing_but_hidden_keys_gives_zeros_and_no_nan():
+    accumulator = SoftmaxAccumulator()
+    for _ in range(3):
+        accumulator.add(torch.zeros(1, 2, 1, 4), torch.full((1, 1, 2), -torch.inf))
+    assert (accumulator.result(torch.float32) == 0).all()
