@@ -1,0 +1,1 @@
+"""The `rayltx` command: the main job without ComfyUI."""

@@ -58,6 +58,7 @@ def render_clip(scene: Scene, pixel_frames: int, height: int, width: int, genera
 
     Returns (F, H, W, 3) float32 in [0, 1]. The whole shape stays inside the picture in every frame.
     """
+
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
 

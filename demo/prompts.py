@@ -32,7 +32,7 @@ def parse_prompt(text: str) -> Scene:
     Raises InputError with the vocabulary for anything else.
     """
     words = text.lower().replace("-", " ").split()
-    kinds = (COLOURS, SHAPES, MOTIONS)
+    kinds = (tuple(COLOURS), SHAPES, tuple(MOTIONS))
     if len(words) == 3 and all(word in kind for word, kind in zip(words, kinds)):
         return Scene(*words)
     raise InputError(

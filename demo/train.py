@@ -65,7 +65,9 @@ def build_model() -> LTXVideoTransformer3DModel:
     )
 
 
-def render_bucket(size: tuple[int, int, int], clips_per_scene: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def render_bucket(
+    size: tuple[int, int, int], clips_per_scene: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Latents (clips, C, f, h, w) float16 and the index in SCENES of each clip."""
     frames, height, width = size
     latents, indices = [], []
@@ -121,9 +123,9 @@ def train(output: Path, steps: int, batch_size: int, seed: int) -> None:
         sigma = torch.sigmoid(torch.randn(batch_size, generator=generator) * 1.2 + 0.8)
         noise = torch.randn(x0.shape, generator=generator)
         x_sigma = torch.lerp(x0, noise, sigma[:, None, None])
-        velocity = model(
-            x_sigma, batch_context, sigma * 1000.0, batch_mask, video_coords=positions, return_dict=False
-        )[0]
+        velocity = model(x_sigma, batch_context, sigma * 1000.0, batch_mask, video_coords=positions, return_dict=False)[
+            0
+        ]
         loss = torch.nn.functional.mse_loss(velocity, noise - x0)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

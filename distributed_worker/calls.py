@@ -20,8 +20,8 @@ from rayltx.errors import ClusterError, RanksDisagree, RanksFailedAlike, UserErr
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
-# After one rank has failed, how long the others have to fail too: in a collective they notice at once with gloo.
-GRACE_S = 15.0
+# After one rank has failed, how long the others have to say the same, or that they noticed.
+GRACE_S = 5.0
 
 
 def wait_for_outcomes(
@@ -72,18 +72,22 @@ def values(outcomes: Mapping[int, Outcome | RayError], num_ranks: int, what: str
     }
     silent = sorted(set(range(num_ranks)) - set(outcomes))
     if not dead and not failures and not silent:
-        return [outcomes[rank].value for rank in range(num_ranks)]  # type: ignore[union-attr]
+        return [outcomes[rank].value for rank in range(num_ranks)]
     if dead:
         names = ", ".join(str(rank) for rank in sorted(dead))
         reason = next(iter(dead.values()))
         raise WorkerDied(f"{what}: rank {names} of {num_ranks} died ({_first_line(reason)})") from reason
     if not failures:
-        raise WorkerStuck(f"{what}: no answer within {timeout_s:.0f} s from rank {', '.join(map(str, silent))} of {num_ranks}")
+        raise WorkerStuck(
+            f"{what}: no answer within {timeout_s:.0f} s from rank {', '.join(map(str, silent))} of {num_ranks}"
+        )
     kinds = {(failure.kind, failure.text) for failure in failures.values()}
     first = failures[min(failures)]
     if len(failures) == num_ranks and len(kinds) == 1:
         raise _alike(first, what, num_ranks)
-    told = "; ".join(f"rank {rank}: {failure.kind}: {_first_line(failure.text)}" for rank, failure in sorted(failures.items()))
+    told = "; ".join(
+        f"rank {rank}: {failure.kind}: {_first_line(failure.text)}" for rank, failure in sorted(failures.items())
+    )
     fine = sorted(set(range(num_ranks)) - set(failures) - set(silent))
     rest = (f"; no answer from rank {', '.join(map(str, silent))}" if silent else "") + (
         f"; rank {', '.join(map(str, fine))} went on" if fine else ""

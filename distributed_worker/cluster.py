@@ -7,20 +7,20 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import ray
 import torch
 
-import rayltx
+from rayltx.about import IMPORTABLE
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.calls import is_gone, values, wait_for_outcomes
 from rayltx.distributed_worker.gpu_pinning import assign_gpus, visible_gpus, without_async_allocator
 from rayltx.distributed_worker.messages import Message, SentTensors, pack, unpack
 from rayltx.distributed_worker.object_store import fits_object_store, object_store_bytes
-from rayltx.distributed_worker.worker import Outcome, Worker, WorkerInfo
+from rayltx.distributed_worker.worker import Worker, WorkerInfo
 from rayltx.errors import ClusterError, DeviceError, ParallelConfigError, RanksFailedAlike
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -57,7 +57,9 @@ class ClusterRequest:
         """
         if self.device == "cpu" or self.address != "local":
             if self.gpu_indices:
-                raise DeviceError("gpu_indices choose among this machine's GPUs: they need the device cuda and a local cluster")
+                raise DeviceError(
+                    "gpu_indices choose among this machine's GPUs: they need the device cuda and a local cluster"
+                )
             return ()
         visible = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
         return assign_gpus(self.workers, self.gpu_indices, visible)
@@ -154,10 +156,12 @@ class Cluster:
         return True
 
     def _start_actor(self, rank: int) -> Any:
-        environment = {name: without_async_allocator(os.environ[name]) for name in _ALLOCATOR_VARIABLES if name in os.environ}
+        environment = {
+            name: without_async_allocator(os.environ[name]) for name in _ALLOCATOR_VARIABLES if name in os.environ
+        }
         # The one folder that makes `rayltx` importable, and nothing else of this repository.
-        package = str(rayltx.ROOT / "importable")
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+        search_path = [str(IMPORTABLE), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
         resources: dict[str, float] = {"num_cpus": 0}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[rank]
@@ -206,12 +210,19 @@ class Cluster:
         self._call_each(ranks, "join", [(rank, config, address, timeout_s) for rank in ranks], "forming the group")
         self._config = config
 
-    def _call(self, ranks: Sequence[int], method: str, what: str, *args: Any, timeout_s: float = _START_TIMEOUT_S) -> list[Any]:
+    def _call(
+        self, ranks: Sequence[int], method: str, what: str, *args: Any, timeout_s: float = _START_TIMEOUT_S
+    ) -> list[Any]:
         return self._call_each(ranks, method, [args] * len(ranks), what, timeout_s)
 
     def _call_each(
-        self, ranks: Sequence[int], method: str, args: Sequence[tuple[Any, ...]], what: str,
-        timeout_s: float = _START_TIMEOUT_S, poll: Callable[[], None] | None = None,
+        self,
+        ranks: Sequence[int],
+        method: str,
+        args: Sequence[tuple[Any, ...]],
+        what: str,
+        timeout_s: float = _START_TIMEOUT_S,
+        poll: Callable[[], None] | None = None,
     ) -> list[Any]:
         """Call a method of some workers, each with its own arguments; what they return, in order."""
         references = {
@@ -229,9 +240,11 @@ class Cluster:
     def _values(self, outcomes: Mapping[int, Any], num_ranks: int, what: str, timeout_s: float) -> list[Any]:
         try:
             return values(outcomes, num_ranks, what, timeout_s)
-        except ClusterError as error:
-            if not isinstance(error, RanksFailedAlike):
-                self._broken = True
+        except RanksFailedAlike:
+            self._config = None  # all ranks have left the group
+            raise
+        except ClusterError:
+            self._broken = True
             raise
 
     def _settle(self) -> None:
@@ -270,7 +283,11 @@ class Cluster:
     # ---- models
 
     def load(
-        self, checkpoint: Checkpoint, spec: Any, host: str = "", dtype: torch.dtype | None = None,
+        self,
+        checkpoint: Checkpoint,
+        spec: Any,
+        host: str = "",
+        dtype: torch.dtype | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> RemoteModel:
         """Load a checkpoint on every worker, from one copy in this machine's memory.
@@ -325,7 +342,10 @@ class RemoteModel:
             if self._from_file:
                 logger.warning(
                     "the object store (%.2f GiB, %.2f GiB in use) cannot hold %.2f GiB of weights: the workers map the "
-                    "file itself", cluster.store_bytes / 2**30, cluster.held_bytes() / 2**30, total / 2**30,
+                    "file itself",
+                    cluster.store_bytes / 2**30,
+                    cluster.held_bytes() / 2**30,
+                    total / 2**30,
                 )
         if self._from_file:
             arguments = [(self.model_id, self.checkpoint, tuple(self.checkpoint.tensors), self.dtype)] * len(ranks)
@@ -362,7 +382,11 @@ class RemoteModel:
         kept, done_bytes = list(self._chunks), 0
         reading: list[ray.ObjectRef] = []
         for number, names in enumerate(self.checkpoint.chunks):
-            while not kept[number:] and len(reading) < _CHUNKS_AHEAD and number + len(reading) < len(self.checkpoint.chunks):
+            while (
+                not kept[number:]
+                and len(reading) < _CHUNKS_AHEAD
+                and number + len(reading) < len(self.checkpoint.chunks)
+            ):
                 ahead = self.checkpoint.chunks[number + len(reading)]
                 reading.append(cluster._actors[0].run.remote("read_chunk", self.checkpoint, ahead, self.dtype))
             chunk = kept[number] if kept[number:] else reading.pop(0)

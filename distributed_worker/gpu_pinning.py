@@ -49,7 +49,9 @@ def assign_gpus(workers: int, indices: tuple[int, ...], visible: tuple[str, ...]
     chosen = tuple(visible[index] for index in indices) if indices else visible
     if workers > len(chosen):
         where = f"gpu_indices names {len(chosen)}" if indices else f"{len(chosen)} are visible here"
-        raise DeviceError(f"workers={workers} need a GPU each, but {where}; use at most {len(chosen)}, or the device cpu")
+        raise DeviceError(
+            f"workers={workers} need a GPU each, but {where}; use at most {len(chosen)}, or the device cpu"
+        )
     return chosen[:workers]
 
 

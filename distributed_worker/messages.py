@@ -44,7 +44,9 @@ class Message:
 
 def bytes_of_tensor(tensor: Tensor) -> np.ndarray:
     """The tensor's elements as (bytes,) uint8; on CPU and contiguous, uncopied."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = flat.as_strided((flat.numel(),), (1,))  # a single element can have any stride, and no other view then
+    return flat.view(torch.uint8).numpy()
 
 
 def tensor_of_bytes(data: np.ndarray, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -28,7 +28,9 @@ def object_store_bytes(requested: int, shared_memory_free: int | None = None, me
     Raises DeviceError for a request that shared memory cannot hold: Ray would put the store on a disk, silently.
     """
     if shared_memory_free is None:
-        shared_memory_free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else psutil.virtual_memory().available
+        shared_memory_free = (
+            shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else psutil.virtual_memory().available
+        )
     if memory is None:
         memory = psutil.virtual_memory().total
     if requested:
@@ -48,7 +50,9 @@ def object_store_bytes(requested: int, shared_memory_free: int | None = None, me
     if automatic < MIN_BYTES:
         logger.warning(
             "%s has only %.0f MiB free: weights will be mapped from their files, and Ray may keep its store on disk; "
-            "enlarge it (in a container: --shm-size)", SHARED_MEMORY, shared_memory_free / 2**20,
+            "enlarge it (in a container: --shm-size)",
+            SHARED_MEMORY,
+            shared_memory_free / 2**20,
         )
     return max(automatic, MIN_BYTES)
 

@@ -78,6 +78,4 @@ def protected_views(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     filled = [array for array in arrays.values() if array.nbytes]
     region = _Region(filled)
-    return {
-        name: np.asarray(_View(region, array)) if array.nbytes else array.copy() for name, array in arrays.items()
-    }
+    return {name: np.asarray(_View(region, array)) if array.nbytes else array.copy() for name, array in arrays.items()}

@@ -22,6 +22,7 @@ from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.messages import Message, bytes_of_tensor, pack, unpack
 from rayltx.distributed_worker.weights import WeightChunk, map_file
+from rayltx.errors import UserError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -75,7 +76,7 @@ class Worker:
         self._device = device
         self._models: dict[str, Host] = {}
         self._group: SequenceParallelGroup | None = None
-        self._store: dist.TCPStore | None = None
+        self._store: Any = None
         self._logs = _CollectingHandler()
         package_logger = logging.getLogger("rayltx")
         package_logger.addHandler(self._logs)
@@ -148,9 +149,7 @@ class Worker:
             raise read.failure.error or RuntimeError(f"{read.failure.kind}: {read.failure.text}")
         self._models[model_id].assign(read.value.map())
 
-    def take_file(
-        self, model_id: str, checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype | None
-    ) -> None:
+    def take_file(self, model_id: str, checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype | None) -> None:
         self._models[model_id].assign(map_file(checkpoint, names, dtype))
 
     def finish_loading(self, model_id: str) -> None:
@@ -164,7 +163,15 @@ class Worker:
     def forward(self, model_id: str, message: Message) -> Message | None:
         """One step. Collective. The answer on rank 0."""
         assert self._group is not None, "no process group"
-        answer = self._models[model_id].forward(self._group, unpack(message))
+        try:
+            answer = self._models[model_id].forward(self._group, unpack(message))
+        except UserError:
+            raise  # raised alike on every rank, before anything was exchanged
+        except Exception:
+            # The others may be waiting for this rank. With gloo they notice at once that it has left.
+            if self._device == "cpu":
+                self.leave()
+            raise
         return None if answer is None else pack(answer)
 
     def digest(self, model_id: str) -> str:
@@ -189,5 +196,3 @@ class _CollectingHandler(logging.Handler):
     def drain(self) -> list[tuple[int, str]]:
         records, self._records = self._records, []
         return records
-
-

@@ -66,8 +66,14 @@ def _cut(values: Tensor, rows: slice, keys: slice, heads: slice) -> Tensor:
 
 
 def attend_masked(
-    attend: Attend, query: Tensor, key: Tensor, value: Tensor, mask: SelfAttentionMask | None,
-    queries: slice, keys: slice, heads: slice,
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: SelfAttentionMask | None,
+    queries: slice,
+    keys: slice,
+    heads: slice,
 ) -> Tensor:
     """Attention of a range of queries over a range of keys, mask piece by mask piece. Empty ranges give empty results.
 
@@ -82,8 +88,14 @@ def attend_masked(
 
 
 def attend_masked_with_lse(
-    attend: AttendWithLse, query: Tensor, key: Tensor, value: Tensor, mask: SelfAttentionMask | None,
-    queries: slice, keys: slice, heads: slice,
+    attend: AttendWithLse,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: SelfAttentionMask | None,
+    queries: slice,
+    keys: slice,
+    heads: slice,
 ) -> tuple[Tensor, Tensor]:
     """As `attend_masked`, with the log-sum-exp (B, H, T)."""
     if mask is None or query.numel() == 0:

@@ -105,7 +105,9 @@ class TokenPartition:
     @cached_property
     def chunks(self) -> Partition:
         degree = self.config.ulysses_degree
-        return Partition(tuple(sum(self.chunk_sizes(ring_rank)) for ring_rank in range(len(self.tokens.sizes) // degree)))
+        return Partition(
+            tuple(sum(self.chunk_sizes(ring_rank)) for ring_rank in range(len(self.tokens.sizes) // degree))
+        )
 
     def chunk_sizes(self, ring_rank: int) -> tuple[int, ...]:
         """How many tokens of a chunk each rank of its Ulysses group holds."""

@@ -28,14 +28,16 @@ class SoftmaxAccumulator:
         """
         lse = lse.transpose(1, 2).unsqueeze(-1)
         out = out.to(lse.dtype)
-        if self._peak is None:
+        if self._peak is None or self._weighted is None or self._weight is None:
             # exp(lse - peak) of the first part is 1, or 0 where it saw no key.
             self._peak = lse
             self._weight = torch.isfinite(lse).to(lse.dtype)
             self._weighted = out * self._weight
             return
         peak = torch.maximum(self._peak, lse)
-        finite_peak = peak.masked_fill(peak == -torch.inf, 0.0)  # -inf - -inf would be NaN; the weights are 0 either way
+        finite_peak = peak.masked_fill(
+            peak == -torch.inf, 0.0
+        )  # -inf - -inf would be NaN; the weights are 0 either way
         keep, new = torch.exp(self._peak - finite_peak), torch.exp(lse - finite_peak)
         self._weighted = self._weighted * keep + out * new
         self._weight = self._weight * keep + new

@@ -36,9 +36,7 @@ class PendingExchange:
         return self.received.transpose(0, 1)
 
 
-def start_scatter_heads(
-    x_local: Tensor, tokens: Partition, heads: Partition, group: ProcessGroup
-) -> PendingExchange:
+def start_scatter_heads(x_local: Tensor, tokens: Partition, heads: Partition, group: ProcessGroup) -> PendingExchange:
     """Start to trade this rank's tokens of all heads for all tokens of this rank's heads.
 
     x_local: (B, n, H, E), any dtype that the backend carries.
@@ -47,7 +45,7 @@ def start_scatter_heads(
     """
     B, n, H, E = x_local.shape
     rank = dist.get_rank(group)
-    assert n == tokens.sizes[rank] and H == heads.total, (x_local.shape, tokens, heads, rank)
+    assert n == tokens.sizes[rank] and heads.total == H, (x_local.shape, tokens, heads, rank)
     # Tokens come first in the messages, so that what arrives from several ranks is one tensor without another copy.
     rows = x_local.transpose(0, 1)
     sent = torch.cat([rows[:, :, heads.slice(to)].reshape(-1) for to in range(len(heads.sizes))])

@@ -127,7 +127,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            slices = {name: file.get_slice(name) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (slice_.get_dtype(), tuple(slice_.get_shape())) for name, slice_ in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it again") from error

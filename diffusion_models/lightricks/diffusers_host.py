@@ -87,7 +87,7 @@ class DiffusersHost:
         Collective. Raises InputError and UnsupportedError, alike on every rank.
         """
         checked = ForwardInputs.from_mapping(inputs, self.model.has_audio, self.model.channels)
-        self._check_context(checked)
+        self.model.check_context(checked.context, checked.audio_context)
         with torch.inference_mode():
             return self._forward(group, checked)
 
@@ -104,7 +104,7 @@ class DiffusersHost:
         rows = TimestepRows.of_tokens(inputs.timestep.to(self.device, torch.float32), shape, sequence.local)
         tokens = self._to_compute(latent.flatten(2)[:, :, sequence.local].transpose(1, 2))
         positions = video_positions(shape, inputs.frame_rate, self.model.causal, sequence.local, self.device)
-        arguments = {
+        arguments: dict[str, Any] = {
             "hidden_states": tokens,
             "encoder_hidden_states": self._to_compute(inputs.context),
             "encoder_attention_mask": self._mask(inputs.context_mask),
@@ -114,10 +114,9 @@ class DiffusersHost:
         }
         if self.model.has_audio:
             arguments.update(self._audio_video_arguments(inputs, shape, sequence))
-        elif self.model.use_middle_positions:
-            arguments["video_coords"] = arguments["video_coords"].mean(-1)
         else:
-            arguments["video_coords"] = arguments["video_coords"][..., 0]
+            bounds = arguments["video_coords"]
+            arguments["video_coords"] = bounds.mean(-1) if self.model.use_middle_positions else bounds[..., 0]
 
         self._sequence, self._rows, self._feed_forward_chunks = sequence, rows, inputs.feed_forward_chunks
         try:
@@ -177,17 +176,6 @@ class DiffusersHost:
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
         return None if mask is None else mask.to(self.device)
-
-    def _check_context(self, inputs: ForwardInputs) -> None:
-        widths = self.model.context_widths()
-        for name, context, width in zip(
-            ("context", "audio_context"), (inputs.context, inputs.audio_context), widths
-        ):
-            if context is not None and (context.ndim != 3 or context.shape[-1] != width):
-                raise InputError(
-                    f"{name} has the shape {tuple(context.shape)}: {self.model.version} takes (batch, tokens, {width}); "
-                    "was it made for another LTX version?"
-                )
 
     # ---- what is put into the model, once
 
@@ -250,7 +238,7 @@ class _VideoProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -261,7 +249,7 @@ class _VideoProcessor:
         return self._project_out(attn, out)
 
     def _attend(
-        self, attn: nn.Module, x: Tensor, context: Tensor, mask: Tensor | None, query_rotary: Any, key_rotary: Any
+        self, attn: Any, x: Tensor, context: Tensor, mask: Tensor | None, query_rotary: Any, key_rotary: Any
     ) -> Tensor:
         """(B, tokens, H, E)"""
         if self._role is AttentionRole.VIDEO_SELF:
@@ -279,16 +267,16 @@ class _VideoProcessor:
         return self._host.sequence.attend(self._role, query, key, value, _dispatch, mask)
 
     @staticmethod
-    def _project_out(attn: nn.Module, out: Tensor) -> Tensor:
+    def _project_out(attn: Any, out: Tensor) -> Tensor:
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
 class _AudioVideoProcessor(_VideoProcessor):
     """Attention of LTX-2 and later: two sets of positions, gates by head, spatio-temporal guidance."""
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -308,11 +296,11 @@ class _AudioVideoProcessor(_VideoProcessor):
         return self._project_out(attn, out)
 
 
-def _heads(attn: nn.Module, x: Tensor) -> Tensor:
+def _heads(attn: Any, x: Tensor) -> Tensor:
     return x.unflatten(2, (attn.heads, -1))
 
 
-def _rotate(attn: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+def _rotate(attn: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     if rotary is None or x.shape[1] == 0:
         return x
     if getattr(attn, "rope_type", "interleaved") == "split":

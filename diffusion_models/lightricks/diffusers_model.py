@@ -14,9 +14,10 @@ from diffusers.loaders.single_file_utils import (
     convert_ltx2_transformer_to_diffusers,
     convert_ltx_transformer_checkpoint_to_diffusers,
 )
+from torch import Tensor
 
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
-from rayltx.errors import CheckpointError, UnsupportedError
+from rayltx.errors import CheckpointError, InputError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,15 @@ class DiffusersModel:
         if not self.has_audio or self.arguments["use_prompt_embeddings"]:
             return (self.arguments["caption_channels"],) * 2
         return self.arguments["cross_attention_dim"], self.arguments["audio_cross_attention_dim"]
+
+    def check_context(self, context: Tensor | None, audio_context: Tensor | None) -> None:
+        """Raises InputError for text that was made for another model."""
+        for name, tensor, width in zip(("context", "audio_context"), (context, audio_context), self.context_widths()):
+            if tensor is not None and (tensor.ndim != 3 or tensor.shape[-1] != width):
+                raise InputError(
+                    f"{name} has the shape {tuple(tensor.shape)}: this {self.version} model takes (batch, tokens, "
+                    f"{width}); was it made for another LTX version?"
+                )
 
     def _check_tensors(self, checkpoint: Checkpoint) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in self.build().state_dict().items()}

@@ -54,7 +54,9 @@ class Case:
             timestep[:, 0] = 0.0
             inputs["timestep"] = timestep
         elif self.timestep == "token":
-            inputs["timestep"] = inputs["timestep"][:, None] * torch.rand(self.batch, self.shape.num_tokens, generator=generator)
+            inputs["timestep"] = inputs["timestep"][:, None] * torch.rand(
+                self.batch, self.shape.num_tokens, generator=generator
+            )
         if self.text_mask:
             mask = torch.ones(self.batch, TEXT_TOKENS, dtype=torch.int64)
             mask[0, 4:] = 0
@@ -120,7 +122,7 @@ def untouched_forward(
         audio_latent = inputs.get("audio_latent")
         audio_tokens = 0 if audio_latent is None else audio_latent.shape[2]
         video_only = audio_latent is None
-        if video_only:
+        if audio_latent is None:
             # The untouched model always has an audio stream; with the modalities isolated its content is of no account.
             audio_latent, audio_tokens = torch.zeros(batch, 8, 1, 16), 1
         audio_context = inputs.get("audio_context")

@@ -52,9 +52,7 @@ class ForwardInputs:
                 for name in ("audio_latent", "audio_timestep", "audio_context", "audio_context_mask")
                 if inputs.get(name) is not None
             ]
-            useless += [
-                name for name in ("isolate_modalities", "spatio_temporal_guidance_blocks") if inputs.get(name)
-            ]
+            useless += [name for name in ("isolate_modalities", "spatio_temporal_guidance_blocks") if inputs.get(name)]
             if useless:
                 raise UnsupportedError(f"{', '.join(useless)}: an LTX-Video model has no such input; it is for LTX-2")
         self = cls(**inputs)
@@ -68,8 +66,15 @@ class ForwardInputs:
                 "width) for this model"
             )
         batch = self.latent.shape[0]
-        for name in ("timestep", "context", "context_mask", "audio_latent", "audio_timestep", "audio_context",
-                     "audio_context_mask"):
+        for name in (
+            "timestep",
+            "context",
+            "context_mask",
+            "audio_latent",
+            "audio_timestep",
+            "audio_context",
+            "audio_context_mask",
+        ):
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape[:1] != (batch,):
                 raise InputError(f"{name} has the shape {tuple(tensor.shape)}, but the latent's batch is {batch}")

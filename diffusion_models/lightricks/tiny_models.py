@@ -104,7 +104,11 @@ def official_tensors(model: torch.nn.Module, prefix: str = "model.diffusion_mode
 
 
 def save_tiny_checkpoint(
-    path: Path, version: str, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2,
+    path: Path,
+    version: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 2,
     prefix: str = "model.diffusion_model.",
 ) -> LTXVideoTransformer3DModel | LTX2VideoTransformer3DModel:
     """Write a tiny checkpoint; returns the model whose weights it holds."""

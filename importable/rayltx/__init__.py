@@ -8,7 +8,4 @@ root. The folder that holds this package is put at the end of `sys.path` (by the
 
 from pathlib import Path
 
-__version__ = "0.1.0"
-
-ROOT = Path(__file__).resolve().parents[2]
-__path__ = [str(ROOT)]
+__path__ = [str(Path(__file__).resolve().parents[2])]

@@ -43,7 +43,9 @@ def load_host(path):
 def run_cases(path, degrees, names, dtype=torch.float32):
     """On every rank: the answers by case, on rank 0."""
     host = load_host(path)
-    group = SequenceParallelGroup.single() if degrees == (1, 1) else SequenceParallelGroup.create(ParallelConfig(*degrees))
+    group = (
+        SequenceParallelGroup.single() if degrees == (1, 1) else SequenceParallelGroup.create(ParallelConfig(*degrees))
+    )
     answers = {}
     for case in CASES:
         if case.name in names:
@@ -93,7 +95,9 @@ def test_without_the_exchange_the_answer_is_wrong(ranks, checkpoints, monkeypatc
     model = DiffusersModel.of_checkpoint(open_checkpoint(path))
     case = CASES[0]
     answer = ranks.run(2, run_without_exchange, path, case.name)[0][case.name]
-    error = worst_error({k: torch.from_numpy(a) for k, a in answer.items()}, untouched_forward(untouched, model, case.inputs(model)))
+    error = worst_error(
+        {k: torch.from_numpy(a) for k, a in answer.items()}, untouched_forward(untouched, model, case.inputs(model))
+    )
     assert error > 1e-2
 
 

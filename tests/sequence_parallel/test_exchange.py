@@ -62,7 +62,9 @@ def relative_error(out, reference):
 
 
 def shard_and_attend(degrees, batch, tokens, heads, width, dtype, mask_kind):
-    group = SequenceParallelGroup.create(ParallelConfig(*degrees)) if degrees != (1, 1) else SequenceParallelGroup.single()
+    group = (
+        SequenceParallelGroup.create(ParallelConfig(*degrees)) if degrees != (1, 1) else SequenceParallelGroup.single()
+    )
     partition = TokenPartition.even(tokens, group.config)
     mine = partition.local(group.rank)
     q, k, v = (x[:, mine] for x in qkv(batch, tokens, heads, width, dtype))
@@ -86,7 +88,11 @@ def test_self_attention_equals_the_whole_in_float32(ranks, degrees, mask_kind):
     batch, tokens, heads, width = 2, 29, 5, 8
     world_size = degrees[0] * degrees[1]
     out = ranks.run(world_size, shard_and_attend, degrees, batch, tokens, heads, width, torch.float32, mask_kind)[0]
-    mask = {None: None, "dense": dense_mask(tokens, heads, torch.float32), "grouped": grouped_mask(tokens, torch.float32)[1]}
+    mask = {
+        None: None,
+        "dense": dense_mask(tokens, heads, torch.float32),
+        "grouped": grouped_mask(tokens, torch.float32)[1],
+    }
     reference = whole_attention(*qkv(batch, tokens, heads, width, torch.float32), mask[mask_kind])
     assert relative_error(torch.from_numpy(out), reference) < 5e-7  # a few roundings of float32
 
@@ -97,7 +103,9 @@ def test_self_attention_in_bfloat16_is_as_close_as_one_rank(ranks, degrees):
     inputs = qkv(batch, tokens, heads, width, torch.bfloat16)
     reference = whole_attention(*inputs)
     alone = relative_error(torch_attention(*inputs), reference)
-    out = ranks.run(degrees[0] * degrees[1], shard_and_attend, degrees, batch, tokens, heads, width, torch.bfloat16, None)
+    out = ranks.run(
+        degrees[0] * degrees[1], shard_and_attend, degrees, batch, tokens, heads, width, torch.bfloat16, None
+    )
     error = relative_error(torch.from_numpy(out[0]), reference)
     # Ulysses changes nothing but the batch of heads; the ring rounds each part once more before it is merged.
     assert error < alone * (1.02 if degrees[1] == 1 else 1.5), (error, alone)

@@ -12,7 +12,12 @@ from rayltx.sequence_parallel.softmax_merge import SoftmaxAccumulator
 def test_even_partition_covers_everything_once():
     assert Partition.even(10, 4).sizes == (3, 3, 2, 2)
     assert Partition.even(2, 4).sizes == (1, 1, 0, 0)
-    assert [Partition.even(10, 4).slice(part) for part in range(4)] == [slice(0, 3), slice(3, 6), slice(6, 8), slice(8, 10)]
+    assert [Partition.even(10, 4).slice(part) for part in range(4)] == [
+        slice(0, 3),
+        slice(3, 6),
+        slice(6, 8),
+        slice(8, 10),
+    ]
 
 
 def test_ranks_of_a_ulysses_group_hold_one_consecutive_chunk():
@@ -35,7 +40,11 @@ def test_open_degrees_are_filled_in(workers, ulysses, ring, expected):
 def test_degrees_that_do_not_fit_are_refused_with_the_numbers(workers, ulysses, ring):
     with pytest.raises(ParallelConfigError) as error:
         ParallelConfig.for_workers(workers, ulysses, ring)
-    assert f"workers={workers}" in str(error.value) or "at least 1" in str(error.value) or "ring_degree=-1" in str(error.value)
+    assert (
+        f"workers={workers}" in str(error.value)
+        or "at least 1" in str(error.value)
+        or "ring_degree=-1" in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -51,7 +60,15 @@ def test_attention_with_lse_equals_the_formula(dtype, masked):
     elif masked == "one row":
         mask = torch.randn(1, 1, 1, 9, generator=generator)
     out, lse = attention_with_lse(q, k, v, mask)
-    wide = None if mask is None else (torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(dtype).double())
+    wide = (
+        None
+        if mask is None
+        else (
+            torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf)
+            if mask.dtype == torch.bool
+            else mask.to(dtype).double()
+        )
+    )
     reference, reference_lse = plain_attention(*(x.double().transpose(1, 2) for x in (q, k, v)), wide)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     assert (out.double() - reference.transpose(1, 2)).norm() <= tolerance * reference.norm()

@@ -1,0 +1,1 @@
+"""ComfyUI's way in: the nodes of RayLTX."""

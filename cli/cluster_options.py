@@ -1,0 +1,45 @@
+"""From command-line options to a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rayltx.distributed_worker.cluster import ClusterRequest
+from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
+from rayltx.errors import DeviceError
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    workers: int
+    ulysses: int
+    ring: int
+    device: str
+    gpus: str
+    address: str
+    object_store_gb: float
+
+    def resolve(self) -> tuple[ClusterRequest, ParallelConfig]:
+        """Raises DeviceError and ParallelConfigError for what cannot be, before anything is started."""
+        indices = parse_gpu_indices(self.gpus)
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.object_store_gb < 0:
+            raise DeviceError(f"object-store-gb={self.object_store_gb} must not be negative; 0 chooses automatically")
+        workers = self.workers
+        if workers == 0:
+            workers = len(indices) or (torch.cuda.device_count() if device == "cuda" else 1)
+        config = ParallelConfig.for_workers(workers, self.ulysses, self.ring)
+        request = ClusterRequest(
+            workers=workers,
+            device=device,
+            address=self.address,
+            gpu_indices=indices,
+            object_store_bytes=int(self.object_store_gb * 2**30),
+        )
+        request.gpus()
+        return request, config

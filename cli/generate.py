@@ -1,0 +1,191 @@
+"""`rayltx generate`: the main job, on the embedded host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from rayltx.about import ROOT
+from rayltx.cli.cluster_options import ClusterOptions
+from rayltx.cli.conditioning import load_conditioning
+from rayltx.cli.outputs import check_outputs, write_output
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, open_checkpoint
+from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.distributed_worker.cluster import Cluster, RemoteModel
+from rayltx.errors import InputError
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+DEMO_CHECKPOINT = ROOT / "demo" / "shapes.safetensors"
+DEMO_PIXELS = "rayltx-dct-8x32x32"  # in the demo checkpoint's config: how its latents become pixels
+DEFAULT_PROMPT = "red-circle-right"
+AUDIO_TOKENS_PER_S = 25.0
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    checkpoint: Path | None
+    prompt: str | None
+    conditioning: Path | None
+    width: int
+    height: int
+    frames: int
+    frame_rate: float
+    steps: int
+    sigmas: str | None
+    cfg: float
+    seed: int
+    chunks: int
+    dtype: str
+    outputs: list[Path]
+    verify: bool
+    cluster: ClusterOptions
+
+
+def run_generate(options: GenerateOptions) -> None:
+    """Check everything that can be checked, then start workers, load, sample and write."""
+    shape = LatentShape.from_pixels(options.width, options.height, options.frames)
+    if options.frame_rate <= 0:
+        raise InputError(f"frame-rate={options.frame_rate} must be positive")
+    if options.chunks < 0:
+        raise InputError(f"chunks={options.chunks} must be 0 (automatic) or more")
+    checkpoint = open_checkpoint(options.checkpoint or DEMO_CHECKPOINT)
+    is_demo = checkpoint.config.get("pixel_mapping") == DEMO_PIXELS
+    check_outputs(options.outputs, has_pixels=is_demo)
+    request, config = options.cluster.resolve()
+
+    # Imported here, not above: diffusers takes seconds, and the errors before this line should not.
+    from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
+    from rayltx.diffusion_models.lightricks.sampling import initial_noise, parse_sigmas, schedule
+
+    model = DiffusersModel.of_checkpoint(checkpoint)
+    dtype = _compute_dtype(checkpoint, options.dtype)
+    positive, negative = _conditioning(options, model, is_demo)
+    sigmas = parse_sigmas(options.sigmas) if options.sigmas else schedule(options.steps, shape.num_tokens)
+    shapes: dict[str, Sequence[int]] = {"video": (1, model.channels, shape.frames, shape.height, shape.width)}
+    if "audio_context" in positive:
+        shapes["audio"] = (1, 8, max(1, round(shape.pixel_frames / options.frame_rate * AUDIO_TOKENS_PER_S)), 16)
+    noise = initial_noise(shapes, options.seed)
+    common = {"frame_rate": options.frame_rate, "feed_forward_chunks": options.chunks}
+    positive, negative = {**positive, **common}, None if negative is None else {**negative, **common}
+
+    with Cluster.start(request) as cluster:
+        with _progress("starting the workers") as (bar, task):
+            cluster.workers()
+            bar.update(task, completed=1, total=1)
+        with _progress(f"loading {Path(checkpoint.path).name}") as (bar, task):
+            remote = cluster.load(
+                checkpoint,
+                model,
+                dtype=dtype,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        latents, seconds = _sample(remote, config, noise, sigmas, positive, negative, options.cfg)
+        console.print(f"{len(sigmas) - 1} steps of {shape.num_tokens} tokens on {_describe(config)}: {seconds:.1f} s")
+        if options.verify:
+            _verify(remote, config, latents, noise, sigmas, positive, negative, options.cfg)
+
+    _write(options, latents, is_demo, sigmas)
+
+
+def _compute_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype | None:
+    return None if name == "file" else getattr(torch, name)
+
+
+def _conditioning(options: GenerateOptions, model: Any, is_demo: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    if options.prompt is not None and options.conditioning is not None:
+        raise InputError("prompt and conditioning are two ways to say the same; give one of them")
+    if options.conditioning is not None:
+        positive, negative = load_conditioning(options.conditioning)
+    elif is_demo:
+        from rayltx.demo.prompts import parse_prompt, scene_context
+
+        context, mask = scene_context(parse_prompt(options.prompt or DEFAULT_PROMPT))
+        empty_context, empty_mask = scene_context(None)
+        positive = {"context": context, "context_mask": mask}
+        negative = {"context": empty_context, "context_mask": empty_mask}
+    else:
+        raise InputError(
+            "this checkpoint needs text conditioning from a file (--conditioning): there is no text encoder here; the "
+            "prompts are the demo checkpoint's"
+        )
+    for side in (positive, negative or {}):
+        model.check_context(side.get("context"), side.get("audio_context"))
+    if options.cfg != 1.0 and negative is None:
+        raise InputError(
+            f"cfg={options.cfg} needs negative conditioning, and {options.conditioning} has none; add it, or use cfg=1"
+        )
+    return positive, negative
+
+
+def _sample(
+    remote: RemoteModel,
+    config: ParallelConfig,
+    noise: dict[str, Tensor],
+    sigmas: Tensor,
+    positive: dict[str, Any],
+    negative: dict[str, Any] | None,
+    cfg: float,
+) -> tuple[dict[str, Tensor], float]:
+    """The sampled latents, and how long it took in seconds."""
+    from rayltx.diffusion_models.lightricks.sampling import sample
+
+    with _progress(f"sampling on {_describe(config)}", total=len(sigmas) - 1) as (bar, task):
+        started = time.monotonic()
+        latents = sample(
+            lambda inputs: remote.forward(inputs, config), noise, sigmas, positive, negative, cfg,
+            on_step=lambda step, latents: bar.update(task, completed=step),
+        )  # fmt: skip
+        return latents, time.monotonic() - started
+
+
+def _verify(remote: RemoteModel, config: ParallelConfig, latents: dict[str, Tensor], *arguments: Any) -> None:
+    alone, seconds = _sample(remote, ParallelConfig(), *arguments)
+    console.print(f"the same on 1 worker: {seconds:.1f} s")
+    for name, latent in latents.items():
+        difference = ((latent.double() - alone[name].double()).norm() / alone[name].double().norm()).item()
+        print(f"{name}: {_describe(config)} differ from 1 worker by {difference:.2e} (norm of the difference / norm)")
+
+
+def _describe(config: ParallelConfig) -> str:
+    if config.world_size == 1:
+        return "1 worker"
+    return f"{config.world_size} workers (ulysses {config.ulysses_degree} x ring {config.ring_degree})"
+
+
+def _write(options: GenerateOptions, latents: dict[str, Tensor], is_demo: bool, sigmas: Tensor) -> None:
+    clip = None
+    if is_demo:
+        from rayltx.demo.pixels import latent_to_pixels
+
+        clip = latent_to_pixels(latents["video"][0])
+    about = {
+        "prompt": options.prompt or (DEFAULT_PROMPT if is_demo and not options.conditioning else ""),
+        "seed": str(options.seed),
+        "cfg": str(options.cfg),
+        "sigmas": ",".join(f"{sigma:.6g}" for sigma in sigmas.tolist()),
+        "frame_rate": str(options.frame_rate),
+    }
+    for path in options.outputs:
+        write_output(path, latents, clip, options.frame_rate, about)
+        print(path)
+
+
+@contextmanager
+def _progress(description: str, total: float | None = None) -> Iterator[tuple[Progress, Any]]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield bar, bar.add_task(description, total=total)

@@ -1,0 +1,89 @@
+"""`rayltx info FILE`: what a checkpoint is, what it needs, which degrees fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, open_checkpoint
+from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC_INNER_BYTES
+from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.sequence_parallel.partition import ParallelConfig, Partition
+
+if TYPE_CHECKING:
+    from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
+
+_WORKER_COUNTS = (1, 2, 3, 4, 6, 8)
+# Tensors of (tokens, width) that are alive at the peak of a block: the residual stream, its normalised copy, query,
+# key, value and their exchanged halves, and the output.
+_LIVE_TENSORS = 9
+
+
+def run_info(file: Path, width: int, height: int, frames: int) -> None:
+    """Print. Raises CheckpointError for a file that is not a whole LTX checkpoint, InputError for sizes."""
+    shape = LatentShape.from_pixels(width, height, frames)
+    checkpoint = open_checkpoint(file)
+
+    from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel  # takes seconds to import
+
+    model = DiffusersModel.of_checkpoint(checkpoint)
+    dtypes: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        dtypes[str(info.dtype).removeprefix("torch.")] += info.num_elements
+    parameters = sum(dtypes.values())
+
+    console = Console(width=max(Console().width, 100))
+    console.print(f"[bold]{Path(checkpoint.path).name}[/]: {checkpoint.version} transformer")
+    console.print(f"  parameters  {_count(parameters)} in {checkpoint.num_blocks} blocks")
+    console.print(
+        f"  dtypes      {', '.join(f'{name} {share / parameters:.1%}' for name, share in dtypes.most_common())}"
+    )
+    console.print(f"  weights     {_size(checkpoint.num_bytes)}")
+    console.print(f"  attention   {model.num_heads} heads of {model.width // model.num_heads}")
+    video, audio = model.context_widths()
+    console.print(f"  text        width {video}" + (f" (video), {audio} (audio)" if checkpoint.has_audio else ""))
+
+    table = Table(
+        box=None,
+        title=f"{width}x{height}, {frames} frames: {shape.num_tokens} video tokens. Memory per GPU is an estimate.",
+        title_justify="left",
+    )
+    for column in ("workers", "ulysses x ring", "tokens each", "heads each", "weights", "activations", "together"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for workers in _WORKER_COUNTS:
+        for ring in (degree for degree in range(1, workers + 1) if workers % degree == 0):
+            table.add_row(*_row(checkpoint, model, shape, ParallelConfig(workers // ring, ring)))
+    console.print(table)
+
+
+def _row(checkpoint: Checkpoint, model: DiffusersModel, shape: LatentShape, config: ParallelConfig) -> list[str]:
+    tokens = Partition.even(shape.num_tokens, config.world_size).sizes
+    heads = Partition.even(model.num_heads, config.ulysses_degree).sizes
+    inner = min(tokens[0] * 4 * model.width * 2, AUTOMATIC_INNER_BYTES)  # of the feed-forward, in automatic chunks
+    activations = _LIVE_TENSORS * tokens[0] * model.width * 2 + inner
+    note = "" if heads[-1] else " (idle ranks)"
+    return [
+        str(config.world_size),
+        f"{config.ulysses_degree} x {config.ring_degree}",
+        _range(tokens),
+        _range(heads) + note,
+        _size(checkpoint.num_bytes),
+        _size(activations),
+        _size(checkpoint.num_bytes + activations),
+    ]
+
+
+def _range(sizes: tuple[int, ...]) -> str:
+    return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[-1]}-{sizes[0]}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

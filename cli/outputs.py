@@ -1,0 +1,105 @@
+"""Write what was generated: .mp4, .gif, a .png contact sheet, or the latent as .safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rayltx.errors import InputError
+
+LATENT_SUFFIX = ".safetensors"
+PIXEL_SUFFIXES = (".mp4", ".gif", ".png")
+_SHEET_FRAMES = 12
+_SHEET_COLUMNS = 6
+_GAP = 4  # pixels between the frames of a sheet
+
+
+def check_outputs(paths: list[Path], has_pixels: bool) -> None:
+    """Raises InputError for names that cannot be written, before anything is computed."""
+    for path in paths:
+        if path.suffix.lower() not in (*PIXEL_SUFFIXES, LATENT_SUFFIX):
+            raise InputError(f"output {path}: must end with {', '.join(PIXEL_SUFFIXES)} or {LATENT_SUFFIX}")
+        if path.suffix.lower() != LATENT_SUFFIX and not has_pixels:
+            raise InputError(
+                f"output {path}: this checkpoint's latents become pixels through its VAE, which is not run here; write "
+                "a .safetensors latent, and decode it in ComfyUI"
+            )
+        if path.is_dir() or not os.access(_existing_parent(path), os.W_OK):
+            raise InputError(f"output {path}: cannot be written there")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def write_output(
+    path: Path, latents: dict[str, Tensor], clip: Tensor | None, frame_rate: float, about: dict[str, str]
+) -> None:
+    """Write one file, whole or not at all.
+
+    latents: (1, C, F, H, W) and so on, by name. clip: (pixel frames, height, width, 3) in [0, 1]; for pixels.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == LATENT_SUFFIX:
+        _atomically(
+            path, lambda temporary: save_file({k: v.contiguous() for k, v in latents.items()}, temporary, about)
+        )
+        return
+    assert clip is not None
+    frames = (clip * 255.0).round().to(torch.uint8).numpy()
+    suffix = path.suffix.lower()
+    if suffix == ".png":
+        sheet = contact_sheet(frames)
+        _atomically(path, lambda temporary: sheet.save(temporary, pnginfo=_png_text(about)))
+    elif suffix == ".gif":
+        # GIF counts time in hundredths of a second.
+        duration_ms = max(10 * round(100.0 / frame_rate), 20)
+        _atomically(path, lambda temporary: iio.imwrite(temporary, frames, duration=duration_ms, loop=0))
+    else:
+        _atomically(
+            path,
+            lambda temporary: iio.imwrite(
+                temporary, frames, fps=frame_rate, codec="libx264", plugin="pyav", out_pixel_format="yuv420p"
+            ),
+        )
+
+
+def contact_sheet(frames: np.ndarray) -> Image.Image:
+    """Frames (F, H, W, 3) uint8 at even intervals, first and last included, in rows."""
+    count = min(_SHEET_FRAMES, len(frames))
+    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    columns = min(_SHEET_COLUMNS, count)
+    rows = -(-count // columns)
+    height, width = frames.shape[1:3]
+    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), "white")
+    for number, frame in enumerate(chosen):
+        sheet.paste(
+            Image.fromarray(frame), ((number % columns) * (width + _GAP), (number // columns) * (height + _GAP))
+        )
+    return sheet
+
+
+def _png_text(about: dict[str, str]) -> PngInfo:
+    text = PngInfo()
+    text.add_text("rayltx", json.dumps(about))
+    return text
+
+
+def _atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under another name of the same ending, then rename."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""Flow-matching sampling for the embedded host: schedule, noise and Euler steps.
+
+In ComfyUI none of this is used: its own samplers run there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from rayltx.errors import InputError
+
+# How much LTX shifts its schedule towards noise, by the number of tokens; ComfyUI's LTXVScheduler has the same.
+BASE_TOKENS, MAX_TOKENS = 1024, 4096
+BASE_SHIFT, MAX_SHIFT, TERMINAL = 0.95, 2.05, 0.1
+
+Forward = Callable[[dict[str, Any]], dict[str, Tensor]]
+"""Inputs of the model to {"video": velocity, ...}."""
+
+
+def schedule(steps: int, num_tokens: int) -> Tensor:
+    """LTX's sigmas: (steps + 1,) float32, from 1 to 0, shifted for the number of tokens.
+
+    Source: Lightricks' scheduler, through diffusers' FlowMatchEulerDiscreteScheduler. Raises InputError for no steps.
+    """
+    if steps < 1:
+        raise InputError(f"steps={steps} must be at least 1")
+    if steps == 1:
+        return torch.tensor([1.0, 0.0])  # stretching one sigma to the terminal value divides by zero
+    slope = (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=TERMINAL)
+    sigmas = np.linspace(1.0, 1.0 / steps, steps)
+    scheduler.set_timesteps(sigmas=sigmas, mu=BASE_SHIFT + slope * (num_tokens - BASE_TOKENS))
+    return scheduler.sigmas
+
+
+def parse_sigmas(text: str) -> Tensor:
+    """Sigmas from "1.0, 0.75, 0": at least two, within [0, 1], falling. Raises InputError."""
+    try:
+        sigmas = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise InputError(f'sigmas="{text}" must be numbers separated by commas ({error})') from error
+    falling = all(later < earlier for earlier, later in pairwise(sigmas))
+    if len(sigmas) < 2 or not falling or not 0.0 <= sigmas[-1] < sigmas[0] <= 1.0:
+        raise InputError(f'sigmas="{text}" must be at least two falling numbers between 1 and 0')
+    return torch.tensor(sigmas)
+
+
+def initial_noise(shapes: dict[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
+    """float32 noise for each latent, in order, from one generator on the CPU, as ComfyUI draws it."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(tuple(shape), generator=generator) for name, shape in shapes.items()}
+
+
+def sample(
+    forward: Forward,
+    noise: dict[str, Tensor],
+    sigmas: Tensor,
+    positive: dict[str, Any],
+    negative: dict[str, Any] | None,
+    cfg: float,
+    on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> dict[str, Tensor]:
+    """Euler steps down the sigmas, in float32.
+
+    noise: {"video": (B, C, F, H, W)} and, for sound, {"audio": (B, 8, A, 16)}.
+    positive, negative: conditioning as the model's inputs. negative is needed where cfg is not 1.
+    on_step: called after each step with its number, from 1, and the latents.
+    Source: arXiv 2210.02747; classifier-free guidance, arXiv 2207.12598.
+    """
+    x = {name: latent * sigmas[0] for name, latent in noise.items()}
+    batch = noise["video"].shape[0]
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
+        latents = {"latent": x["video"], "timestep": sigma.expand(batch)}
+        if "audio" in x:
+            latents["audio_latent"] = x["audio"]
+        velocity = forward({**positive, **latents})
+        if cfg != 1.0:
+            assert negative is not None, "classifier-free guidance needs negative conditioning"
+            without = forward({**negative, **latents})
+            velocity = {name: without[name] + cfg * (velocity[name] - without[name]) for name in velocity}
+        x = {name: x[name] + (next_sigma - sigma) * velocity[name].float() for name in x}
+        if on_step is not None:
+            on_step(step, x)
+    return x

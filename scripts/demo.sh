@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The main job: one clip from two workers, written as a video and a contact sheet, and compared with one worker's.
+# Further arguments go to `rayltx generate`, such as: --prompt "blue square left" --workers 4 --ring 2
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+"$PYTHON" -m rayltx.cli.main generate --device cpu --workers 2 --verify \
+    --output output/demo.mp4 --output output/demo.png "$@"

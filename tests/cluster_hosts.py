@@ -1,0 +1,57 @@
+"""Hosts that fail in chosen ways, for the workers of the tests. Imported by the workers."""
+
+import ctypes
+import os
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
+from rayltx.errors import InputError
+
+
+class FailingHost(DiffusersHost):
+    """Takes one more input, `fail`: (kind, rank, path). It fails once, and leaves a file at the path."""
+
+    def forward(self, group, inputs):
+        inputs = dict(inputs)
+        kind, rank, path = inputs.pop("fail", (None, None, None))
+        if kind == "alike":
+            raise RuntimeError("every rank is out of patience")
+        if kind == "user error":
+            raise InputError("seed=-1 must not be negative")
+        if kind is not None and group.rank == rank and not Path(path).exists():
+            Path(path).touch()
+            if kind == "raise":
+                raise RuntimeError("only this rank is out of memory")
+            if kind == "exit":
+                os._exit(1)
+            if kind == "hang":
+                time.sleep(3600)
+            if kind == "write":
+                weight = max(self.parameters().values(), key=lambda tensor: tensor.nbytes)
+                assert weight.nbytes > 3 * 4096
+                ctypes.memset(weight.data_ptr() + weight.nbytes // 2, 0, 8)
+        return super().forward(group, inputs)
+
+
+class EchoHost:
+    """Answers with what it was sent, and how often each tensor's bytes were mapped anew."""
+
+    def __init__(self, spec, device):
+        self.spec = spec
+
+    def assign(self, tensors):
+        pass
+
+    def finish_loading(self):
+        pass
+
+    def parameters(self):
+        return {}
+
+    def forward(self, group, inputs):
+        if group.world is not None:
+            dist.barrier(group.world)
+        return inputs if group.rank == 0 else None

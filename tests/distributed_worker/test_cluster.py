@@ -1,0 +1,271 @@
+"""Real Ray, real processes: sharing, failing, and going on."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
+from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
+from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untouched_forward, worst_error
+from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
+from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.errors import InputError, ParallelConfigError, RanksFailedAlike, UnsupportedError, WorkerStuck
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+TESTS = str(Path(__file__).parents[1])
+FAILING = "cluster_hosts:FailingHost"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = TESTS  # for the workers to find cluster_hosts
+    try:
+        with Cluster.start(ClusterRequest(workers=3, step_timeout_s=60.0)) as cluster:
+            cluster.workers()
+            yield cluster
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made = {}
+
+    def get(version):
+        if version not in made:
+            path = folder / f"{version}.safetensors"
+            untouched = save_tiny_checkpoint(path, version)
+            made[version] = (open_checkpoint(path), untouched)
+        return made[version]
+
+    return get
+
+
+@pytest.fixture
+def loaded(cluster, checkpoint_of):
+    """An LTX-Video model whose host fails when asked; its inputs; the right answer."""
+    checkpoint, untouched = checkpoint_of("LTX-Video")
+    model = DiffusersModel.of_checkpoint(checkpoint)
+    inputs = CASES[1].inputs(model)
+    remote = cluster.load(checkpoint, model, host=FAILING)
+    yield remote, inputs, untouched_forward(untouched, model, inputs)
+    remote.release()
+
+
+@pytest.mark.parametrize("version", list(TRANSFORMER_CONFIGS))
+def test_every_version_equals_the_untouched_model_through_ray(cluster, checkpoint_of, version):
+    checkpoint, untouched = checkpoint_of(version)
+    model = DiffusersModel.of_checkpoint(checkpoint)
+    remote = cluster.load(checkpoint, model)
+    try:
+        for case in cases_for(model)[:5]:
+            inputs = case.inputs(model)
+            reference = untouched_forward(untouched, model, inputs)
+            for config in (ParallelConfig(1, 1), ParallelConfig(3, 1), ParallelConfig(1, 2)):
+                assert worst_error(remote.forward(inputs, config), reference) < 2e-6, (case.name, config)
+    finally:
+        remote.release()
+
+
+def test_workers_see_the_files_bytes_after_the_references_are_gone(cluster, loaded):
+    remote, _, _ = loaded
+    checkpoint = remote.checkpoint
+    import hashlib
+
+    from rayltx.distributed_worker.messages import bytes_of_tensor
+
+    digest = hashlib.sha256()
+    with checkpoint.open() as reader:
+        for name in sorted(checkpoint.tensors):
+            digest.update(name.encode())
+            digest.update(bytes_of_tensor(reader.read(name)).data)
+    assert remote.digest() == [digest.hexdigest()] * 3
+    remote._chunks.clear()  # the views alone keep the objects
+    filler = [ray.put(torch.full((2**22,), number).numpy()) for number in range(8)]
+    assert remote.digest() == [digest.hexdigest()] * 3
+    del filler
+
+
+def test_releasing_a_model_leaves_nothing_in_the_store(cluster, checkpoint_of):
+    checkpoint, _ = checkpoint_of("LTX-2")
+    model = DiffusersModel.of_checkpoint(checkpoint)
+    cluster._sent.clear()
+    time.sleep(0.5)
+    before = _references()
+    remote = cluster.load(checkpoint, model)
+    assert cluster.held_bytes() == checkpoint.num_bytes
+    assert _references() > before
+    remote.release()
+    assert cluster.held_bytes() == 0
+    deadline = time.monotonic() + 10.0
+    while _references() > before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _references() <= before
+
+
+def _references():
+    return len(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
+
+
+@pytest.mark.parametrize("kind, replaced", [("exit", 1), ("raise", 0), ("write", 1)])
+def test_a_rank_that_fails_alone_costs_the_step_and_nothing_else(cluster, loaded, tmp_path, caplog, kind, replaced):
+    remote, inputs, reference = loaded
+    digest = remote.digest()
+    pids = [info.pid for info in cluster.workers()]
+    fail = {**inputs, "fail": (kind, 1, str(tmp_path / "failed"))}
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING, "rayltx"):
+        answer = remote.forward(fail, ParallelConfig(3, 1))
+    assert worst_error(answer, reference) < 2e-6
+    assert time.monotonic() - started < 40.0
+    assert "rank 1" in caplog.text and "repeating the step" in caplog.text
+    now = [info.pid for info in cluster.workers()]
+    assert sum(pid not in pids for pid in now) == replaced
+    assert remote.digest() == digest, "a write by one worker reached the others"
+
+
+def test_ranks_that_fail_alike_are_reported_and_kept(cluster, loaded):
+    remote, inputs, reference = loaded
+    pids = [info.pid for info in cluster.workers()]
+    with pytest.raises(RanksFailedAlike, match="all 2 ranks.*every rank is out of patience"):
+        remote.forward({**inputs, "fail": ("alike", None, None)}, ParallelConfig(2, 1))
+    with pytest.raises(InputError, match="seed=-1"):
+        remote.forward({**inputs, "fail": ("user error", None, None)}, ParallelConfig(2, 1))
+    assert worst_error(remote.forward(inputs, ParallelConfig(2, 1)), reference) < 2e-6
+    assert [info.pid for info in cluster.workers()] == pids
+
+
+def test_a_silent_rank_is_named_and_replaced(cluster, loaded, tmp_path, monkeypatch):
+    remote, inputs, reference = loaded
+    monkeypatch.setattr("rayltx.distributed_worker.calls.GRACE_S", 2.0)
+    fail = {**inputs, "fail": ("hang", 2, str(tmp_path / "hung"))}
+    cluster.form_group(ParallelConfig(3, 1))
+    object.__setattr__(cluster.request, "step_timeout_s", 4.0)
+    try:
+        with pytest.raises(WorkerStuck, match="no answer within 4 s from rank 0, 1, 2 of 3"):
+            remote.forward(fail, ParallelConfig(3, 1), repeats=0)
+    finally:
+        object.__setattr__(cluster.request, "step_timeout_s", 60.0)
+    assert worst_error(remote.forward(fail, ParallelConfig(3, 1)), reference) < 2e-6
+
+
+def test_a_cancelled_step_leaves_the_next_one_right(cluster, loaded):
+    remote, inputs, reference = loaded
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel():
+        raise Cancelled
+
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        remote.forward(inputs, ParallelConfig(3, 1), poll=cancel)
+    assert time.monotonic() - started < 1.0
+    assert worst_error(remote.forward(inputs, ParallelConfig(3, 1)), reference) < 2e-6
+
+
+def test_bad_requests_name_value_rule_and_remedy(cluster, loaded):
+    remote, inputs, _ = loaded
+    with pytest.raises(ParallelConfigError, match=r"2 x ring_degree=2 = 4, but there are 3 workers"):
+        remote.forward(inputs, ParallelConfig(2, 2))
+    with pytest.raises(UnsupportedError, match="does not know the input control"):
+        remote.forward({**inputs, "control": torch.zeros(1)}, ParallelConfig(2, 1))
+    with pytest.raises(InputError, match=r"context has the shape \(1, 7, 47\).*another LTX version"):
+        remote.forward({**inputs, "context": inputs["context"][..., :-1]}, ParallelConfig(2, 1))
+
+
+def test_what_does_not_change_travels_once(cluster, checkpoint_of):
+    checkpoint, _ = checkpoint_of("LTX-Video")
+    remote = cluster.load(checkpoint, None, host="cluster_hosts:EchoHost")
+    cluster._sent.clear()
+    context = torch.randn(1, 300, 256)
+    for step in range(3):
+        inputs = {"context": context.clone(), "latent": torch.full((300, 300), float(step)), "nested": [context * 1.0]}
+        answer = remote.forward(inputs, ParallelConfig(2, 1))
+        assert torch.equal(answer["context"], context) and torch.equal(answer["latent"], inputs["latent"])
+    assert len(cluster._sent._entries) == 1 + 3, "one for the text in every step, one for each latent"
+    remote.release()
+
+
+def test_a_file_that_the_store_cannot_hold_is_mapped(cluster, checkpoint_of, caplog, monkeypatch):
+    checkpoint, untouched = checkpoint_of("LTX-Video")
+    model = DiffusersModel.of_checkpoint(checkpoint)
+    monkeypatch.setattr(cluster, "store_bytes", 1000)
+    with caplog.at_level(logging.WARNING, "rayltx"):
+        remote = cluster.load(checkpoint, model)
+    assert "the workers map the file itself" in caplog.text
+    inputs = CASES[0].inputs(model)
+    assert worst_error(remote.forward(inputs, ParallelConfig(3, 1)), untouched_forward(untouched, model, inputs)) < 2e-6
+    remote.release()
+
+
+def test_weights_can_be_converted_once_for_all(cluster, checkpoint_of):
+    checkpoint, _ = checkpoint_of("LTX-Video")
+    model = DiffusersModel.of_checkpoint(checkpoint)
+    remote = cluster.load(checkpoint, model, dtype=torch.bfloat16)
+    answer = remote.forward(CASES[0].inputs(model), ParallelConfig(2, 1))
+    assert len(set(remote.digest())) == 1 and torch.isfinite(answer["video"]).all()
+    remote.release()
+
+
+def test_a_truncated_file_fails_before_any_worker_is_asked(tmp_path, checkpoint_of):
+    from rayltx.errors import CheckpointError
+
+    checkpoint, _ = checkpoint_of("LTX-Video")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(Path(checkpoint.path).read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        open_checkpoint(cut)
+
+
+def test_the_same_request_gets_the_same_workers(cluster):
+    assert Cluster.start(cluster.request) is cluster
+
+
+def test_two_clusters_live_side_by_side_and_leave_nothing(cluster, loaded, checkpoint_of):
+    remote, inputs, reference = loaded
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(TESTS).parent / "importable")!r})
+import os, time, psutil, torch
+from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.sequence_parallel.partition import ParallelConfig
+from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
+from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
+from rayltx.diffusion_models.lightricks.exactness import CASES
+checkpoint = open_checkpoint({remote.checkpoint.path!r})
+model = DiffusersModel.of_checkpoint(checkpoint)
+environment = dict(os.environ)
+with Cluster.start(ClusterRequest(workers=2)) as cluster:
+    assert dict(os.environ).items() >= environment.items()
+    pids = [info.pid for info in cluster.workers()]
+    answer = cluster.load(checkpoint, model).forward(CASES[1].inputs(model), ParallelConfig(2, 1))
+    torch.save(answer, sys.argv[1])
+for _ in range(100):
+    if not any(psutil.pid_exists(pid) for pid in pids) and not psutil.Process().children(recursive=True):
+        break
+    time.sleep(0.1)
+else:
+    raise SystemExit(f"left behind: {{psutil.Process().children(recursive=True)}}")
+"""
+    path = Path(remote.checkpoint.path).with_name("side-by-side.pt")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while other.poll() is None:
+        assert worst_error(remote.forward(inputs, ParallelConfig(2, 1)), reference) < 2e-6
+    assert other.returncode == 0, other.stderr.read()
+    assert worst_error(torch.load(path), reference) < 2e-6
