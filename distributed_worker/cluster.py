@@ -373,30 +373,33 @@ class RemoteModel:
         return fits_object_store(self.weight_bytes, self.cluster.store_bytes, self.cluster.held_bytes())
 
     def _share_chunks(self, ranks: Sequence[int], what: str, progress: Callable[[int, int], None] | None) -> None:
-        """Rank 0 reads chunk after chunk, a few ahead; each worker takes them as they come.
+        """Rank 0 reads the chunks into the object store, and the workers take them from there.
 
         On the CPU the parameters stay views on the chunks, so the chunks are kept: for nothing, and a worker that has
-        to be replaced finds them there. A GPU's worker has copied a chunk when it answers, so it is freed.
+        to be replaced finds them there. A GPU's worker has copied a chunk when it answers, so it is let go, and the
+        store never holds more than a few.
         """
-        cluster, keep = self.cluster, self.cluster.request.device == "cpu"
-        kept, done_bytes = list(self._chunks), 0
+        cluster, names = self.cluster, self.checkpoint.chunks
+        if self._chunks:
+            cluster._call_each(ranks, "take_chunks", [(self.model_id, *self._chunks)] * len(ranks), what)
+            return
+        sizes = [sum(self.checkpoint.tensors[name].num_bytes for name in part) for part in names]
+        keep = cluster.request.device == "cpu"
         reading: list[ray.ObjectRef] = []
-        for number, names in enumerate(self.checkpoint.chunks):
-            while (
-                not kept[number:]
-                and len(reading) < _CHUNKS_AHEAD
-                and number + len(reading) < len(self.checkpoint.chunks)
-            ):
-                ahead = self.checkpoint.chunks[number + len(reading)]
-                reading.append(cluster._actors[0].run.remote("read_chunk", self.checkpoint, ahead, self.dtype))
-            chunk = kept[number] if kept[number:] else reading.pop(0)
-            cluster._call_each(ranks, "take_chunk", [(self.model_id, chunk)] * len(ranks), what)
-            if keep and not kept[number:]:
+        for number in range(len(names)):
+            ahead = names[number + len(reading) :] if keep else names[number + len(reading) : number + _CHUNKS_AHEAD]
+            reading += [cluster._actors[0].run.remote("read_chunk", self.checkpoint, part, self.dtype) for part in ahead]
+            chunk = reading.pop(0)
+            if keep:
+                ray.wait([chunk], fetch_local=False)
                 self._chunks.append(chunk)
-                self.held_bytes += sum(self.checkpoint.tensors[name].num_bytes for name in names)
-            done_bytes += sum(self.checkpoint.tensors[name].num_bytes for name in names)
+            else:
+                cluster._call_each(ranks, "take_chunks", [(self.model_id, chunk)] * len(ranks), what)
             if progress is not None:
-                progress(min(done_bytes, self.weight_bytes), self.weight_bytes)
+                progress(sum(sizes[: number + 1]), sum(sizes))
+        if keep:
+            cluster._call_each(ranks, "take_chunks", [(self.model_id, *self._chunks)] * len(ranks), what)
+            self.held_bytes = self.weight_bytes
 
     def forward(
         self, inputs: Any, config: ParallelConfig, poll: Callable[[], None] | None = None, repeats: int = 2

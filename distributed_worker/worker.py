@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import hashlib
 import importlib
 import logging
@@ -143,11 +144,12 @@ class Worker:
     def read_chunk(self, checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype | None) -> WeightChunk:
         return WeightChunk.read(checkpoint, names, dtype)
 
-    def take_chunk(self, model_id: str, read: Outcome) -> None:
-        """Assign what a worker read. Ray hands in the object behind a reference, mapped."""
-        if read.failure is not None:
-            raise read.failure.error or RuntimeError(f"{read.failure.kind}: {read.failure.text}")
-        self._models[model_id].assign(read.value.map())
+    def take_chunks(self, model_id: str, *chunks: Outcome) -> None:
+        """Assign what a worker read. Ray hands in the objects behind the references, mapped."""
+        for read in chunks:
+            if read.failure is not None:
+                raise read.failure.error or RuntimeError(f"{read.failure.kind}: {read.failure.text}")
+            self._models[model_id].assign(read.value.map())
 
     def take_file(self, model_id: str, checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype | None) -> None:
         self._models[model_id].assign(map_file(checkpoint, names, dtype))
@@ -157,6 +159,7 @@ class Worker:
 
     def release(self, model_id: str) -> None:
         self._models.pop(model_id, None)
+        gc.collect()  # models refer to themselves in circles, and hold their shared pages until they are found
         if self._device == "cuda":
             torch.cuda.empty_cache()
 

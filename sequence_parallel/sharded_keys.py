@@ -39,7 +39,9 @@ def attention_over_sharded_keys(
     # float32 also for half-precision models: the partial results are few, and rounding them would cost accuracy twice.
     sent = torch.cat([out.to(lse.dtype), lse.transpose(1, 2).unsqueeze(-1)], dim=-1).contiguous()
     received = sent.new_empty(group.world_size, *sent.shape)
-    dist.all_gather_into_tensor(received.view(-1), sent.view(-1), group=group.world)
+    # torch 2.13 renamed it.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(received.view(-1), sent.view(-1), group=group.world)
     accumulator = SoftmaxAccumulator()
     for part in received:
         accumulator.add(part[..., :E], part[..., E].transpose(1, 2))

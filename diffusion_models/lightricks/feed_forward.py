@@ -43,5 +43,6 @@ def chunked_feed_forward(feed_forward: Callable[[Tensor], Tensor], x: Tensor, ch
         return feed_forward(x)
     out = torch.empty_like(x)
     for start in range(0, num_tokens, length):
-        out[:, start : start + length] = feed_forward(x[:, start : start + length])
+        # Contiguous: of a strided batch, torch adds the bias in a step of its own, and rounds once more.
+        out[:, start : start + length] = feed_forward(x[:, start : start + length].contiguous())
     return out
