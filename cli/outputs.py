@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,12 +35,14 @@ def check_outputs(paths: list[Path], has_pixels: bool) -> None:
                 f"output {path}: this checkpoint's latents become pixels through its VAE, which is not run here; write "
                 "a .safetensors latent, and decode it in ComfyUI"
             )
-        if path.is_dir() or not os.access(_existing_parent(path), os.W_OK):
-            raise InputError(f"output {path}: cannot be written there")
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise InputError(f"output {path}: cannot be written there ({error.strerror})") from error
+        if path.is_dir():
+            raise InputError(f"output {path}: is a folder; name a file in it")
 
 
 def write_output(
@@ -49,7 +52,6 @@ def write_output(
 
     latents: (1, C, F, H, W) and so on, by name. clip: (pixel frames, height, width, 3) in [0, 1]; for pixels.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == LATENT_SUFFIX:
         _atomically(
             path, lambda temporary: save_file({k: v.contiguous() for k, v in latents.items()}, temporary, about)

@@ -54,7 +54,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def render_clip(scene: Scene, pixel_frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Draw a clip. Size, speed and path are random, so that the model learns a distribution and not a lookup.
+    """Draw a clip. Where the path begins and lies is random, so that the model learns a distribution and not a lookup.
 
     Returns (F, H, W, 3) float32 in [0, 1]. The whole shape stays inside the picture in every frame.
     """
@@ -62,10 +62,10 @@ def render_clip(scene: Scene, pixel_frames: int, height: int, width: int, genera
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
 
-    radius = uniform(0.19, 0.25) * min(height, width)
+    radius = 0.22 * min(height, width)
     dx, dy = MOTIONS[scene.motion]
     room = (height if dx == 0 else width) - 2.0 * radius
-    travel = uniform(0.75, 0.95) * room
+    travel = 0.85 * room
     start_along = radius + uniform(0.0, room - travel)
     across = radius + uniform(0.25, 0.75) * ((width if dx == 0 else height) - 2.0 * radius)
 

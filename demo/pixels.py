@@ -51,9 +51,19 @@ def _channels() -> list[tuple[float, int, int, int, int]]:
 
 _CHANNELS = _channels()
 _INDEX = torch.tensor([(c * 8 + kt) * 1024 + ky * 32 + kx for _, c, kt, ky, kx in _CHANNELS])
-# The spread of a coefficient falls about exponentially with its cost (a fit on the same clips); dividing by it brings
-# every channel near unit variance, as LTX's own latents are.
-_SPREAD = torch.tensor([math.exp(2.8 - 0.6 * cost) for cost, *_ in _CHANNELS])
+
+
+def _spread(cost: float, component: int) -> float:
+    """How much a coefficient varies where there is a shape: a fit on the same clips.
+
+    Dividing by it brings every channel near unit variance, as LTX's own latents are. A block's mean colour stands out.
+    """
+    if cost == (2.0 if component else 0.0):
+        return 22.0 if component else 50.0
+    return math.exp(2.95 - 0.55 * cost)
+
+
+SPREAD = torch.tensor([_spread(cost, component) for cost, component, *_ in _CHANNELS])
 _OFFSET = (2.0 * torch.tensor(BACKGROUND) - 1.0) @ _YCC_FROM_RGB.T  # the background is the zero of every latent
 _DCT8, _DCT32 = _cosine_basis(8), _cosine_basis(32)
 
@@ -76,14 +86,14 @@ def pixels_to_latent(clip: Tensor) -> Tensor:
     components = torch.cat([components[:1].expand(8, -1, -1, -1), components[1:]])  # the first latent is one frame
     blocks = components.view(latent_frames, 8, rows, 32, columns, 32, 3)
     spectrum = torch.einsum("ftyaxbc,it,ja,kb->fyxcijk", blocks, _DCT8, _DCT32, _DCT32)
-    latent = spectrum.reshape(latent_frames, rows, columns, -1)[..., _INDEX] / _SPREAD
+    latent = spectrum.reshape(latent_frames, rows, columns, -1)[..., _INDEX] / SPREAD
     return latent.permute(3, 0, 1, 2).contiguous()
 
 
 def latent_to_pixels(latent: Tensor) -> Tensor:
     """Decode a latent (C, f, h, w), any float dtype, to a clip (8 (f-1) + 1, 32 h, 32 w, 3) float32 in [0, 1]."""
     _, latent_frames, rows, columns = latent.shape
-    coefficients = latent.float().permute(1, 2, 3, 0) * _SPREAD
+    coefficients = latent.float().permute(1, 2, 3, 0) * SPREAD
     spectrum = torch.zeros(latent_frames, rows, columns, 3 * 8 * 1024)
     spectrum[..., _INDEX] = coefficients
     spectrum = spectrum.view(latent_frames, rows, columns, 3, 8, 32, 32)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rayltx.demo.clips import COLOURS, MOTIONS, SHAPES, Scene, render_clip
-from rayltx.demo.pixels import pixels_to_latent
+from rayltx.demo.pixels import SPREAD, pixels_to_latent
 from rayltx.demo.prompts import CONTEXT_DIM, scene_context
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape, video_positions
 
@@ -106,6 +106,8 @@ def train(output: Path, steps: int, batch_size: int, seed: int) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=0.05)
     weights = torch.tensor([float(len(latents)) for latents, _ in data])
 
+    # What a channel weighs in the picture, tempered: the fine detail should not go unlearnt.
+    channel_weight = (SPREAD / SPREAD.mean()).clamp(0.25, 4.0)
     running = 0.0
     for step in range(1, steps + 1):
         latents, indices = data[int(torch.multinomial(weights, 1, generator=generator))]
@@ -126,7 +128,7 @@ def train(output: Path, steps: int, batch_size: int, seed: int) -> None:
         velocity = model(x_sigma, batch_context, sigma * 1000.0, batch_mask, video_coords=positions, return_dict=False)[
             0
         ]
-        loss = torch.nn.functional.mse_loss(velocity, noise - x0)
+        loss = ((velocity - (noise - x0)).square() * channel_weight).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

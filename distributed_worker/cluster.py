@@ -388,7 +388,9 @@ class RemoteModel:
         reading: list[ray.ObjectRef] = []
         for number in range(len(names)):
             ahead = names[number + len(reading) :] if keep else names[number + len(reading) : number + _CHUNKS_AHEAD]
-            reading += [cluster._actors[0].run.remote("read_chunk", self.checkpoint, part, self.dtype) for part in ahead]
+            reading += [
+                cluster._actors[0].run.remote("read_chunk", self.checkpoint, part, self.dtype) for part in ahead
+            ]
             chunk = reading.pop(0)
             if keep:
                 ray.wait([chunk], fetch_local=False)

@@ -1,4 +1,5 @@
 import pytest
+
 from rank_pool import RankPool
 
 

@@ -46,7 +46,10 @@ def _modules_of(statement):
 def test_sequence_parallel_imports_torch_alone():
     modules = modules_after_importing("rayltx.sequence_parallel")
     assert from_outside(modules) == {"rayltx"}
-    assert {name for name in modules if name.startswith("rayltx.")} >= {"rayltx.sequence_parallel.ring", "rayltx.errors"}
+    assert {name for name in modules if name.startswith("rayltx.")} >= {
+        "rayltx.sequence_parallel.ring",
+        "rayltx.errors",
+    }
 
 
 def test_the_workers_import_no_host():

@@ -139,7 +139,7 @@ def test_a_rank_that_fails_alone_costs_the_step_and_nothing_else(cluster, loaded
 def test_ranks_that_fail_alike_are_reported_and_kept(cluster, loaded):
     remote, inputs, reference = loaded
     pids = [info.pid for info in cluster.workers()]
-    with pytest.raises(RanksFailedAlike, match="all 2 ranks.*every rank is out of patience"):
+    with pytest.raises(RanksFailedAlike, match=r"all 2 ranks.*every rank is out of patience"):
         remote.forward({**inputs, "fail": ("alike", None, None)}, ParallelConfig(2, 1))
     with pytest.raises(InputError, match="seed=-1"):
         remote.forward({**inputs, "fail": ("user error", None, None)}, ParallelConfig(2, 1))

@@ -34,7 +34,11 @@ def test_a_visible_list_longer_than_the_machine_is_cut_as_cuda_cuts_it():
 
 @pytest.mark.parametrize(
     "workers, indices, message",
-    [(2, (0, 7), "GPU index 7 does not exist: 3 GPU"), (4, (), "workers=4.*3 are visible"), (2, (1,), "gpu_indices names 1")],
+    [
+        (2, (0, 7), "GPU index 7 does not exist: 3 GPU"),
+        (4, (), "workers=4.*3 are visible"),
+        (2, (1,), "gpu_indices names 1"),
+    ],
 )
 def test_missing_gpus_are_refused_with_the_numbers(workers, indices, message):
     with pytest.raises(DeviceError, match=message):

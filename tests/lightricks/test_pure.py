@@ -55,7 +55,9 @@ def test_positions_of_ltx_video_equal_its_pipelines():
 SHAPE = LatentShape(4, 2, 3)  # 24 tokens, 6 a frame
 
 
-@pytest.mark.parametrize("tokens", [slice(0, 24), slice(0, 5), slice(5, 13), slice(6, 12), slice(23, 24), slice(24, 24)])
+@pytest.mark.parametrize(
+    "tokens", [slice(0, 24), slice(0, 5), slice(5, 13), slice(6, 12), slice(23, 24), slice(24, 24)]
+)
 @pytest.mark.parametrize("kind", ["single", "frame", "token", "constant over frames"])
 def test_expanded_rows_are_the_tokens_own_timesteps(tokens, kind):
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
+
 from traffic import counted
 
 # LTX-2: 32 heads of 128 for video, of 64 for audio; 1024 text tokens; 25 audio tokens a second.
@@ -53,7 +54,9 @@ def test_a_layer_moves_at_most_1_05_times_the_minimum(ranks, world_size):
     local = SHAPE.num_tokens / world_size
     minimum = 4 * local * HEADS * VIDEO_WIDTH * 2 * (world_size - 1) / world_size
     for received, collectives in ranks.run(world_size, layer_traffic, world_size):
-        print(f"W={world_size}: {received / 2**20:.1f} MiB, {received / minimum:.3f} of the minimum, {collectives} collectives")
+        print(
+            f"W={world_size}: {received / 2**20:.1f} MiB, {received / minimum:.3f} of the minimum, {collectives} collectives"
+        )
         assert received <= 1.05 * minimum
         assert collectives <= 5
 

@@ -1,0 +1,77 @@
+"""What the command says to bad input: one message with value, rule and remedy, exit code 2, and nothing started."""
+
+import pytest
+import ray
+import torch
+from safetensors.torch import save_file
+
+from rayltx.cli import main as cli
+from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    save_tiny_checkpoint(folder / "ltx.safetensors", "LTX-Video")
+    save_tiny_checkpoint(folder / "ltx2.safetensors", "LTX-2")
+    (folder / "cut.safetensors").write_bytes((folder / "ltx.safetensors").read_bytes()[:5000])
+    torch.save({}, folder / "model.ckpt")
+    save_file({"unet.weight": torch.zeros(2)}, folder / "other.safetensors")
+    save_file({"context": torch.zeros(1, 4, 47)}, folder / "narrow.safetensors")
+    save_file({"context": torch.zeros(1, 4, 48)}, folder / "text.safetensors")
+    save_file({"embedding": torch.zeros(1, 4, 48)}, folder / "misnamed.safetensors")
+    return folder
+
+
+NARROW, TEXT = "{}/narrow.safetensors", "{}/text.safetensors"
+CASES = [
+    (["generate", "{}/nothing.safetensors"], "no such file"),
+    (["generate", "{}/cut.safetensors"], "not a whole safetensors file"),
+    (["generate", "{}/model.ckpt"], "a pickle can run code"),
+    (["generate", "{}/other.safetensors"], "not an LTX transformer"),
+    (["generate", "--workers", "4", "--ulysses", "3"], "ulysses_degree=3 must divide workers=4; try one of 1, 2, 4"),
+    (["generate", "--workers", "4", "--ulysses", "2", "--ring", "1"], "2 x ring_degree=1 = 2, but workers=4"),
+    (["generate", "--workers", "-1"], "workers=-1"),
+    (["generate", "--device", "cuda", "--workers", "2"], "workers=2 need a GPU each, but 0 are visible"),
+    (["generate", "--device", "cuda", "--gpus", "0,9"], "GPU index 0 does not exist"),
+    (["generate", "--device", "cpu", "--gpus", "0"], "need the device cuda"),
+    (["generate", "--gpus", "x"], 'gpu_indices="x"'),
+    (["generate", "--frames", "0"], "frames=0 must be 8k + 1"),
+    (["generate", "--frames", "24"], "frames=24 must be 8k + 1 (1, 9, 17, ...); try 25"),
+    (["generate", "--width", "0"], "width=0 must be a positive multiple of 32"),
+    (["generate", "--height", "100"], "height=100 must be a positive multiple of 32; try 96"),
+    (["generate", "--frame-rate", "0"], "frame-rate=0.0 must be positive"),
+    (["generate", "--steps", "0"], "steps=0 must be at least 1"),
+    (["generate", "--sigmas", "0,1"], 'sigmas="0,1"'),
+    (["generate", "--chunks", "-2"], "chunks=-2"),
+    (["generate", "--prompt", "purple dog barking"], 'prompt=\'purple dog barking\''),
+    (["generate", "--prompt", "red circle up", "--conditioning", "{}/text.safetensors"], "give one of them"),
+    (["generate", "--conditioning", "{}/nothing"], "no such file"),
+    (["generate", "--conditioning", "{}/misnamed.safetensors"], "holds `context`"),
+    (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors"], "needs text conditioning"),
+    (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", "--conditioning", NARROW], "another LTX version"),
+    (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", "--conditioning", TEXT], "needs negative conditioning"),
+    (["generate", "{}/ltx.safetensors"], "through its VAE"),
+    (["generate", "--output", "{}/clip.avi"], "must end with .mp4"),
+    (["generate", "--output", "/proc/nowhere/clip.mp4"], "cannot be written there"),
+    (["generate", "--object-store-gb", "100000"], "does not fit into shared memory"),
+    (["generate", "--object-store-gb", "-1"], "must not be negative"),
+    (["info", "{}/nothing.safetensors"], "no such file"),
+    (["info", "{}/other.safetensors"], "not an LTX transformer"),
+    (["check", "--model", "LTX-9"], "model=LTX-9 must be one of LTX-Video"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments, message", CASES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_bad_input(files, monkeypatch, capsys, arguments, message):
+    connected = ray.is_initialized()
+    monkeypatch.setattr("sys.argv", ["rayltx", *(argument.format(files) for argument in arguments)])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2, error
+    assert error.startswith("rayltx: ") and message in error, error
+    assert "Traceback" not in error
+    assert ray.is_initialized() == connected
