@@ -7,6 +7,7 @@
     |   |-- CheckpointError             a file that is missing, damaged, or not what it should be
     |   |-- InputError                  sizes, timesteps, conditioning, prompts
     |   `-- UnsupportedError            a valid request that this host or file cannot honour
+    |-- SelfTestError (RuntimeError)    the installed ComfyUI's model would give another picture on several ranks
     `-- ClusterError (RuntimeError)     the workers failed
         |-- RanksFailedAlike            every rank raised the same: the group is whole, and the call can be repeated
         |-- RanksDisagree               some ranks raised and others did not: the group's collectives are out of step
@@ -46,6 +47,10 @@ class InputError(UserError):
 
 class UnsupportedError(UserError):
     pass
+
+
+class SelfTestError(RayLTXError, RuntimeError):
+    """The message names the ComfyUI version, what differs, and by how much."""
 
 
 class ClusterError(RayLTXError, RuntimeError):

@@ -30,7 +30,9 @@ def test_comfyui_samples_the_same_latent(comfy):
         host.assign({name: reader.read(name) for name in checkpoint.tensors})
     host.finish_loading()
     sides = [{"context": c, "context_mask": m, "frame_rate": FRAME_RATE} for c, m in (positive, negative)]
-    ours = sample(lambda inputs: host.forward(SequenceParallelGroup.single(), inputs), noise, sigmas, *sides, CFG)["video"]
+    ours = sample(lambda inputs: host.forward(SequenceParallelGroup.single(), inputs), noise, sigmas, *sides, CFG)[
+        "video"
+    ]
 
     model = comfy.sd.load_diffusion_model(str(path))
     conditioning = [[[c, {"attention_mask": m, "frame_rate": FRAME_RATE}]] for c, m in (positive, negative)]

@@ -81,6 +81,8 @@ def test_a_rank_keeps_only_the_frames_that_its_tokens_touch():
     rows = TimestepRows.of_tokens(by_frame, SHAPE, slice(7, 13))
     assert torch.equal(rows.values, by_frame[:, 1:3])
     assert rows.index.tolist() == [0, 0, 0, 0, 0, 1]
+    by_token = torch.rand(1, 24)
+    assert torch.equal(TimestepRows.of_tokens(by_token, SHAPE, slice(7, 13)).values, by_token[:, 7:13])
     assert TimestepRows.of_tokens(by_frame.repeat_interleave(6, 1), SHAPE, slice(7, 13)).values.shape == (1, 2)
     assert TimestepRows.of_tokens(torch.rand(1), SHAPE, slice(7, 13)).index is None
 

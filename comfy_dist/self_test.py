@@ -1,0 +1,250 @@
+"""Is the seam right for the ComfyUI that is installed here?
+
+A tiny random model of the user's class and configuration goes through the same sharding, on the same ranks, as the real
+one will, and is compared with itself unsharded: text masks, image-to-video, inpainting, guides, reference audio and
+whatever else an LTX forward can be asked for. ComfyUI's inner representations change every few weeks, and code that was
+written for another one gives wrong frames without a word. This takes a second, and says so.
+
+Letters in shapes: B batch, F, H, W latent frames, rows, columns, N = F H W video tokens, A audio tokens, L text tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+from rayltx.errors import SelfTestError
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+
+TOLERANCE = 2e-6  # float32, relative error of the norm: sums in another order
+_HEAD_DIM, _AUDIO_HEAD_DIM, _LAYERS = 12, 8, 2
+_FRAMES, _HEIGHT, _WIDTH = 3, 3, 5
+_AUDIO_TOKENS, _REFERENCE_TOKENS, _TEXT_TOKENS = 9, 4, 6
+_FRAME_RATE = 25.0
+
+
+def tiny_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's model configuration with the same features and heads, made narrow and shallow."""
+    tiny = dict(config)
+    heads = tiny["num_attention_heads"] = tiny.get("num_attention_heads", 32)
+    tiny.update(
+        attention_head_dim=_HEAD_DIM, cross_attention_dim=heads * _HEAD_DIM, num_layers=_LAYERS, caption_channels=24
+    )
+    if "audio_num_attention_heads" in tiny or config.get("image_model") == "ltxav":
+        audio_heads = tiny["audio_num_attention_heads"] = tiny.get("audio_num_attention_heads", 32)
+        tiny.update(audio_attention_head_dim=_AUDIO_HEAD_DIM, audio_cross_attention_dim=audio_heads * _AUDIO_HEAD_DIM)
+    # The text connector is not part of the forward; one layer of it is built and left alone.
+    tiny.update(connector_attention_head_dim=8, connector_num_attention_heads=2, connector_num_layers=1)
+    tiny.update(audio_connector_attention_head_dim=8, audio_connector_num_attention_heads=2)
+    for name in ("dtype", "image_model", "disable_unet_model_creation"):
+        tiny.pop(name, None)
+    return tiny
+
+
+def tiny_model(model_class: type, config: Mapping[str, Any], device: torch.device, seed: int = 0) -> Any:
+    """A model with random weights under which every part of it matters. float32."""
+    import comfy.ops
+
+    model: nn.Module = model_class(
+        **tiny_config(config), dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1 and "table" not in name:
+            noise /= math.sqrt(parameter.shape[-1])
+        elif "norm" in name:
+            noise = 1.0 + 0.1 * noise
+        else:
+            noise *= 0.2
+        parameter.data = noise.to(device)
+    return model.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of forward."""
+
+    name: str
+    batch: int = 1
+    text_mask: bool = False
+    mask: str = ""  # "frame": image-to-video; "space": inpainting; "mixed": frames differ between batch elements
+    guides: int = 0  # latent frames appended as guides
+    guide_strength: float = 1.0
+    guide_pixel_mask: bool = False
+    dilated: bool = False  # guides of a smaller grid, as IC-LoRAs have them
+    audio: bool = True
+    reference_audio: bool = False
+    generated_keyframes: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+CASES = (
+    Case("text to video", text_mask=True),
+    Case("image to video", batch=2, mask="frame"),
+    Case("inpainting", mask="space"),
+    Case("guide", guides=1),
+    Case("guide with a strength", guides=2, guide_strength=0.5, batch=2),
+    Case("guide with a pixel mask", guides=1, guide_pixel_mask=True, text_mask=True),
+    Case("small-grid guide", guides=1, dilated=True, guide_strength=0.7),
+    Case("video only", audio=False, mask="frame"),
+    Case("reference audio", reference_audio=True, mask="frame"),
+    Case("generated keyframes", generated_keyframes=True),
+    Case("spatio-temporal guidance", options=(("stg_self_attn_blocks", (1,)),)),
+    Case("without audio-to-video attention", options=(("a2v_cross_attn", False),)),
+    Case("without video-to-audio attention", options=(("v2a_cross_attn", False),)),
+)
+_AUDIO_CASES = ("video only", "reference audio", "without audio-to-video attention", "without video-to-audio attention")
+
+
+def cases_for(model: Any) -> list[Case]:
+    return [case for case in CASES if _has_audio(model) or case.name not in _AUDIO_CASES]
+
+
+def _has_audio(model: Any) -> bool:
+    return hasattr(model, "audio_patchify_proj")
+
+
+def forward_arguments(
+    model: Any, case: Case, device: torch.device, seed: int = 1
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a ComfyUI LTX model's forward, as its sampler would call it. Fresh tensors each time."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    batch, has_audio = case.batch, _has_audio(model)
+    frames = _FRAMES + case.guides
+    if case.dilated:
+        height, width = 2 * _HEIGHT, 2 * _WIDTH
+    else:
+        height, width = _HEIGHT, _WIDTH
+    video = randn(batch, model.in_channels, frames, height, width)
+    sigma = torch.linspace(0.6, 0.9, batch).to(device)
+    kwargs: dict[str, Any] = {"frame_rate": _FRAME_RATE, "transformer_options": dict(case.options)}
+    kwargs["context"] = randn(batch, _TEXT_TOKENS, _context_width(model))
+    kwargs["attention_mask"] = None
+    if case.text_mask:
+        kwargs["attention_mask"] = torch.ones(batch, _TEXT_TOKENS, dtype=torch.int64, device=device)
+        kwargs["attention_mask"][:, 4:] = 0
+
+    timestep = sigma
+    if case.mask or case.guides:
+        mask = _denoise_mask(case, batch, frames, height, width).to(device)
+        kwargs["denoise_mask"] = mask
+        timestep = model.patchifier.patchify(mask * sigma.view(-1, 1, 1, 1, 1))[0]
+    if case.guides:
+        kwargs.update(_guide_arguments(case, batch, height, width, device))
+    if case.generated_keyframes:
+        kwargs["generated_keyframes"] = {
+            "first_latent_frame": 1,
+            "num_keyframes": 1,
+            "tokens_per_frame": height * width,
+        }
+    if not has_audio:
+        return (video, timestep), kwargs
+    streams = [video]
+    if case.audio:
+        streams.append(randn(batch, model.num_audio_channels, _AUDIO_TOKENS, model.audio_frequency_bins))
+    if case.reference_audio:
+        kwargs["ref_audio"] = {"tokens": randn(1, _REFERENCE_TOKENS, model.audio_in_channels)}
+    return (streams, (timestep, sigma)), kwargs
+
+
+def _context_width(model: Any) -> int:
+    if not _has_audio(model):
+        return model.caption_channels
+    if model.caption_proj_before_connector:
+        return model.inner_dim + model.audio_inner_dim
+    return 2 * model.caption_channels
+
+
+def _denoise_mask(case: Case, batch: int, frames: int, height: int, width: int) -> Tensor:
+    mask = torch.ones(batch, 1, frames, height, width)
+    if case.mask == "frame":
+        mask[:, :, 0] = 0.0
+    elif case.mask == "space":
+        mask[:, :, 1, 1:, 2:4] = 0.3
+    if case.guides:
+        mask[:, :, -case.guides :] = 1.0 - min(case.guide_strength, 1.0)
+        if case.dilated:  # only every second row and column holds a token; -1 takes the others out of the sequence
+            sparse = torch.full_like(mask[:, :, -case.guides :], -1.0)
+            sparse[..., ::2, ::2] = 1.0 - case.guide_strength
+            mask[:, :, -case.guides :] = sparse
+    return mask
+
+
+def _guide_arguments(case: Case, batch: int, height: int, width: int, device: torch.device) -> dict[str, Any]:
+    """Positions of the guides' tokens, at 8 x 32 x 32 pixels a token, and their strengths, one entry a guide frame."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    tokens = height * width
+    starts = [
+        torch.stack([torch.full((tokens,), 8 * (2 * guide + 1)), rows.flatten() * 32, columns.flatten() * 32])
+        for guide in range(case.guides)
+    ]
+    start = torch.cat(starts, dim=1)
+    positions = torch.stack([start, start + torch.tensor([8, 32, 32])[:, None]], dim=-1)[None].expand(batch, -1, -1, -1)
+    pixel_mask = None
+    if case.guide_pixel_mask:
+        pixel_mask = torch.linspace(0.0, 1.0, height * width * 4).view(1, 1, 1, 2 * height, 2 * width)
+    entries = [
+        {
+            "pre_filter_count": tokens,
+            "strength": case.guide_strength,
+            "pixel_mask": pixel_mask,
+            "latent_shape": [1, height, width],
+        }
+        for _ in range(case.guides)
+    ]
+    return {"keyframe_idxs": positions.to(device).float(), "guide_attention_entries": entries}
+
+
+def call(model: Any, case: Case, device: torch.device) -> list[Tensor]:
+    """The model's answer: video, and audio if there is any."""
+    args, kwargs = forward_arguments(model, case, device)
+    accepted = inspect.signature(model.forward).parameters
+    assert "kwargs" in accepted or set(kwargs) <= set(accepted)
+    out = model(*args, **kwargs)
+    return [tensor.clone() for tensor in (out if isinstance(out, (list, tuple)) else [out])]
+
+
+def errors_by_case(model: Any, group: SequenceParallelGroup, device: torch.device) -> dict[str, float]:
+    """The relative error of each case, sharded over the group against whole in one process.
+
+    model: any ComfyUI LTX model; a tiny one, because the whole runs on every rank too.
+    Returns the errors on rank 0; elsewhere they mean nothing. Collective.
+    """
+    errors = {}
+    with torch.inference_mode():
+        for case in cases_for(model):
+            whole = call(model, case, device)
+            with sharded(model, group):
+                parts = call(model, case, device)
+            assert len(whole) == len(parts)
+            errors[case.name] = max(
+                ((part.double() - reference.double()).norm() / reference.double().norm()).item()
+                for part, reference in zip(parts, whole)
+            )
+    return errors
+
+
+def check_errors(errors: Mapping[str, float], about: str) -> None:
+    """Raises SelfTestError, naming what differs and by how much, unless all errors are within the tolerance.
+
+    about: the ComfyUI version and the model's.
+    """
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+    if wrong:
+        named = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
+        raise SelfTestError(
+            f"{about}: on several ranks its model would give another picture than on one; these differ: {named} (allowed "
+            f"{TOLERANCE:.0e}). This ComfyUI's model is not one that RayLTX knows: update RayLTX, or use one GPU until then"
+        )

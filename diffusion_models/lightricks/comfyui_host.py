@@ -1,0 +1,295 @@
+"""ComfyUI's own LTX models on a rank's slice of the video tokens: the seam.
+
+For the time of one forward, four of the model instance's methods are wrapped and its attention modules are told which
+role they play. Everything that treats tokens by themselves then runs on the rank's tokens: block replacements, LoRA,
+quantised layers and whatever else the user's ComfyUI does. Nothing is changed at class level, and nothing is left on
+the model afterwards.
+
+The seam knows ComfyUI by the names and shapes below, which change every few weeks. `comfy_dist.self_test` therefore
+tries it on a tiny model of the installed version before it is trusted.
+
+This module imports nothing of ComfyUI: it works on the instance that it is given.
+
+Letters in shapes: B batch, n video tokens of this rank, N all video tokens (behind the grid mask of guides), D model
+width, H heads, E head width, R rows of timesteps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
+from rayltx.diffusion_models.lightricks.guide_masks import self_attention_mask_of
+from rayltx.diffusion_models.lightricks.roles import AttentionRole
+from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
+from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+from rayltx.sequence_parallel.masks import GroupedMask, SelfAttentionMask
+from rayltx.sequence_parallel.ulysses import gather_tokens
+
+OVERRIDE = "optimized_attention_override"  # ComfyUI's: called in place of the attention kernel
+ROLE = "rayltx_role"  # ours, in the options of one attention call
+MASK = "rayltx_self_attention_mask"
+
+
+@contextlib.contextmanager
+def sharded(diffusion_model: Any, group: SequenceParallelGroup, feed_forward_chunks: int = 1) -> Iterator[None]:
+    """Let a ComfyUI LTX model run on this rank's tokens within the `with`.
+
+    diffusion_model: an LTXVModel or LTXAVModel. Its forward, called with whole inputs on every rank, returns the whole
+    answer on rank 0, and something of the same shape elsewhere.
+    Collective: every rank of the group calls the model with the same inputs.
+    """
+    forward = _ShardedForward(diffusion_model, group)
+    with contextlib.ExitStack() as scope:
+        for name in (
+            "_process_input",
+            "_prepare_timestep",
+            "_build_guide_self_attention_mask",
+            "_process_transformer_blocks",
+        ):
+            original = getattr(diffusion_model, name, None)
+            if original is not None:  # guide masks came later than the rest
+                wrapped = functools.partial(getattr(forward, name.removeprefix("_")), original)
+                scope.enter_context(replaced(diffusion_model, name, wrapped))
+        for block in diffusion_model.transformer_blocks:
+            for role in AttentionRole:
+                attention = getattr(block, role.value, None)
+                if attention is not None:
+                    tag = functools.partial(_tag_role, role)
+                    scope.callback(attention.register_forward_pre_hook(tag, with_kwargs=True).remove)
+        scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
+        if feed_forward_chunks != 1:
+            scope.enter_context(chunked(diffusion_model, feed_forward_chunks))
+        yield
+
+
+@contextlib.contextmanager
+def chunked(diffusion_model: Any, chunks: int) -> Iterator[None]:
+    """Run the video feed-forwards in chunks of tokens within the `with`. Works on any LTX model, sharded or not."""
+    with contextlib.ExitStack() as scope:
+        for block in diffusion_model.transformer_blocks:
+            at_once = block.ff.forward
+            in_chunks = functools.partial(_chunked_forward, at_once, chunks)
+            scope.enter_context(replaced(block.ff, "forward", in_chunks))
+        yield
+
+
+def _chunked_forward(at_once: Callable[[Tensor], Tensor], chunks: int, x: Tensor) -> Tensor:
+    return chunked_feed_forward(at_once, x, chunks)
+
+
+@contextlib.contextmanager
+def replaced(instance: object, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an instance, and put back exactly what was there: another's attribute, or the class's."""
+    own = instance.__dict__
+    before = own.get(name, _ABSENT)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del own[name]
+        else:
+            own[name] = before
+
+
+_ABSENT = object()
+
+
+class _ShardedForward:
+    """The wrapped methods. Each takes the original first."""
+
+    def __init__(self, model: Any, group: SequenceParallelGroup) -> None:
+        self._model, self._group = model, group
+        self._sequence: ShardedSequence | None = None
+
+    @property
+    def sequence(self) -> ShardedSequence:
+        assert self._sequence is not None, "the model attends before it has processed its input"
+        return self._sequence
+
+    def process_input(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Keep this rank's tokens and positions, before any table is made of them."""
+        tokens, coordinates, additional = original(*args, **kwargs)
+        video = tokens[0] if isinstance(tokens, (list, tuple)) else tokens
+        # With fewer tokens than ranks every rank does all of it: kernels do not take empty inputs.
+        group = self._group if video.shape[1] >= self._group.world_size else SequenceParallelGroup.single()
+        self._sequence = ShardedSequence.even(group, video.shape[1])
+        local = self._sequence.local
+        # Copies, so that the whole is freed.
+        if isinstance(tokens, (list, tuple)):
+            return [video[:, local].clone(), *tokens[1:]], [_cut(coordinates[0], local), *coordinates[1:]], additional
+        return video[:, local].clone(), _cut(coordinates, local), additional
+
+    def prepare_timestep(
+        self, original: Callable[..., Any], timestep: Tensor, batch_size: int, hidden_dtype: torch.dtype, **kwargs: Any
+    ) -> Any:
+        """Compute modulations for the different timesteps of this rank's tokens, and no others."""
+        if timestep.numel() <= batch_size:
+            return original(timestep, batch_size, hidden_dtype, **kwargs)  # one row, which broadcasts
+        by_token = _timestep_by_token(timestep, batch_size, kwargs)
+        num_tokens = self.sequence.partition.num_tokens
+        assert by_token.shape[1] == num_tokens, f"{by_token.shape[1]} timesteps for {num_tokens} tokens"
+        rows = TimestepRows.compress(by_token[:, self.sequence.local])
+        index = torch.zeros(self.sequence.num_local, dtype=torch.int64, device=timestep.device)
+        index = index if rows.index is None else rows.index
+        # The text's modulation and the gates between the streams take the largest timestep of all tokens: it comes along
+        # as one more row, which no token takes.
+        values = torch.cat([rows.values, by_token.amax(1, keepdim=True)], dim=1)
+        if kwargs.get("orig_shape") is not None:
+            # Each row is a frame of one token.
+            kwargs["orig_shape"] = [*kwargs["orig_shape"][:2], values.shape[1], 1, 1]
+            kwargs["has_spatial_mask"] = False
+        kwargs["grid_mask"] = None
+        timestep = values.reshape(*values.shape, *[1] * (timestep.ndim - 2))
+        prepared, embedded, *rest = original(timestep, batch_size, hidden_dtype, **kwargs)
+        if isinstance(prepared, (list, tuple)):  # audio-video: [video, audio, [a, VIDEO, VIDEO, a], prompts ...]
+            prepared, embedded = list(prepared), list(embedded)
+            prepared[0], embedded[0] = _rows_to_tokens(prepared[0], index), _rows_to_tokens(embedded[0], index)
+            if len(prepared[2]) == 4:
+                between = list(prepared[2])
+                between[1], between[2] = _rows_to_tokens(between[1], index), _rows_to_tokens(between[2], index)
+                prepared[2] = between
+        else:
+            prepared, embedded = _rows_to_tokens(prepared, index), _rows_to_tokens(embedded, index)
+        return prepared, embedded, *rest
+
+    def build_guide_self_attention_mask(self, original: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Guide masks are of the whole sequence: show the method a sequence of full length, which holds no memory."""
+        video = x[0] if isinstance(x, (list, tuple)) else x
+        batch, _, width = video.shape
+        whole = video.new_empty(1).expand(batch, self.sequence.partition.num_tokens, width)
+        return original([whole, *x[1:]] if isinstance(x, (list, tuple)) else whole, *args, **kwargs)
+
+    def process_transformer_blocks(
+        self, original: Callable[..., Any], *args: Any, transformer_options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """Bring the exchange into the blocks' attention."""
+        options = dict(transformer_options or {})
+        options[OVERRIDE] = functools.partial(self.attend, options.get(OVERRIDE))
+        return original(*args, transformer_options=options, **kwargs)
+
+    def attend(
+        self,
+        chained: Callable[..., Tensor] | None,
+        kernel: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """What ComfyUI calls in place of its kernel. chained: an override that was there before.
+
+        q, k, v: (B, tokens, H E). Returns (B, queries, H E).
+        """
+
+        def local(query: Tensor, key: Tensor, value: Tensor, values: Tensor | None) -> Tensor:
+            flat = [x.flatten(2) for x in (query, key, value)]
+            extra = {**kwargs, "transformer_options": plain_options}
+            if values is not None and isinstance(own_mask, GroupedMask):
+                extra["low_precision_attention"] = False  # as ComfyUI calls it for guides
+            if chained is not None:
+                out = chained(kernel, *flat, query.shape[2], mask=values, **extra)
+            else:
+                out = kernel(*flat, query.shape[2], mask=values, **extra)
+            return out.unflatten(2, query.shape[2:])
+
+        options = kwargs.get("transformer_options") or {}
+        role = options.get(ROLE)
+        own_mask: SelfAttentionMask | None = options.get(MASK)
+        plain_options = {key: value for key, value in options.items() if key not in (OVERRIDE, ROLE, MASK)}
+        if chained is not None:
+            plain_options[OVERRIDE] = chained
+        if role is None:  # attention of something that a patch brought in
+            run = kernel if chained is None else functools.partial(chained, kernel)
+            return run(q, k, v, heads, mask=mask, **kwargs)
+        query, key, value = (x.unflatten(2, (heads, x.shape[2] // heads)) for x in (q, k, v))
+        sequence = self.sequence
+        if role is AttentionRole.VIDEO_SELF:
+            sequence = ShardedSequence(sequence.group, sequence.partition, own_mask)
+        return sequence.attend(role, query, key, value, local, mask).flatten(2)
+
+    def gather_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Collect the predicted tokens on rank 0, where they are narrowest. Elsewhere the shape is kept."""
+        whole = gather_tokens(output, self.sequence.partition.tokens, self.sequence.group.world)
+        if whole is None:
+            whole = output.new_zeros(1).expand(output.shape[0], self.sequence.partition.num_tokens, output.shape[2])
+        return whole
+
+
+def _cut(coordinates: Tensor, local: slice) -> Tensor:
+    """Coordinates are (B, 3, N) or (B, 3, N, 2)."""
+    return coordinates[:, :, local].clone()
+
+
+def _timestep_by_token(timestep: Tensor, batch_size: int, kwargs: dict[str, Any]) -> Tensor:
+    """(B, N), as the model would use them.
+
+    Without a spatial mask an audio-video model takes the first token's timestep for its whole frame.
+    """
+    by_token = timestep.reshape(batch_size, -1)
+    shape = kwargs.get("orig_shape")
+    if "has_spatial_mask" in kwargs and not kwargs["has_spatial_mask"] and shape is not None:
+        per_frame = shape[3] * shape[4]
+        if by_token.shape[1] % per_frame == 0:
+            first = by_token.view(batch_size, -1, per_frame)[:, :, :1]
+            by_token = first.expand(-1, -1, per_frame).reshape(batch_size, -1)
+    grid_mask = kwargs.get("grid_mask")
+    return by_token if grid_mask is None else by_token[:, grid_mask]
+
+
+def _rows_to_tokens(value: Any, index: Tensor) -> Any:
+    """Give tokens their rows: at once for a tensor, on use for what ComfyUI keeps compressed.
+
+    value: a tensor (B, R, C), or a CompressedTimestep of it.
+    """
+    if isinstance(value, Tensor):
+        return value if value.shape[1] == 1 else value.index_select(1, index)
+    if not hasattr(value, "expand_for_computation"):
+        raise TypeError(f"a timestep of type {type(value).__name__}, which is not known here")
+    if value.data.shape[1] == 1:
+        return value
+    ragged: Any = object.__new__(_ragged_class(type(value)))
+    for name in ("batch_size", "num_frames", "patches_per_frame", "feature_dim", "data"):
+        setattr(ragged, name, getattr(value, name))
+    ragged.index = index
+    return ragged
+
+
+@functools.cache
+def _ragged_class(compressed: Any) -> Any:
+    """A CompressedTimestep whose frames have as many tokens as this rank holds of them."""
+
+    class RaggedTimestep(compressed):
+        __slots__ = ("index",)
+
+        def expand(self) -> Tensor:
+            return super().expand().index_select(1, self.index)
+
+        def expand_for_computation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            rows = super().expand_for_computation(*args, **kwargs)
+            return tuple(row.index_select(1, self.index) for row in rows)
+
+    return RaggedTimestep
+
+
+def _tag_role(role: AttentionRole, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tell the override, by the options of this one call, which attention it serves.
+
+    The mask of video self-attention is of the whole sequence, and one of its kinds would be cut by the positions of the
+    local tokens: it goes with the options instead.
+    """
+    options = {**(kwargs.get("transformer_options") or {}), ROLE: role}
+    if role is AttentionRole.VIDEO_SELF:
+        options[MASK] = self_attention_mask_of(kwargs.get("mask"))
+        kwargs = {**kwargs, "mask": None}
+    return args, {**kwargs, "transformer_options": options}
