@@ -69,7 +69,7 @@ def run_generate(options: GenerateOptions) -> None:
     from rayltx.diffusion_models.lightricks.sampling import initial_noise, parse_sigmas, schedule
 
     model = DiffusersModel.of_checkpoint(checkpoint)
-    dtype = _compute_dtype(checkpoint, options.dtype)
+    dtypes = _conversions(checkpoint, options.dtype)
     positive, negative = _conditioning(options, model, is_demo)
     sigmas = parse_sigmas(options.sigmas) if options.sigmas else schedule(options.steps, shape.num_tokens)
     shapes: dict[str, Sequence[int]] = {"video": (1, model.channels, shape.frames, shape.height, shape.width)}
@@ -87,7 +87,7 @@ def run_generate(options: GenerateOptions) -> None:
             remote = cluster.load(
                 checkpoint,
                 model,
-                dtype=dtype,
+                dtypes=dtypes,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         latents, seconds = _sample(remote, config, noise, sigmas, positive, negative, options.cfg)
@@ -98,8 +98,13 @@ def run_generate(options: GenerateOptions) -> None:
     _write(options, latents, is_demo, sigmas)
 
 
-def _compute_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype | None:
-    return None if name == "file" else getattr(torch, name)
+def _conversions(checkpoint: Checkpoint, dtype: str) -> dict[str, torch.dtype]:
+    """What to convert so that all is computed in one dtype. dtype: a name of torch's, or "file"."""
+    if dtype == "file":
+        return {}
+    wanted: torch.dtype = getattr(torch, dtype)
+    infos = checkpoint.tensors.items()
+    return {name: wanted for name, info in infos if info.dtype.is_floating_point and info.dtype != wanted}
 
 
 def _conditioning(options: GenerateOptions, model: Any, is_demo: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -18,7 +18,7 @@ from rayltx.about import IMPORTABLE
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.calls import is_gone, values, wait_for_outcomes
 from rayltx.distributed_worker.gpu_pinning import assign_gpus, visible_gpus, without_async_allocator
-from rayltx.distributed_worker.messages import Message, SentTensors, pack, unpack
+from rayltx.distributed_worker.messages import Message, Refer, SentTensors, pack, unpack
 from rayltx.distributed_worker.object_store import fits_object_store, object_store_bytes
 from rayltx.distributed_worker.worker import Worker, WorkerInfo
 from rayltx.errors import ClusterError, DeviceError, ParallelConfigError, RanksFailedAlike
@@ -43,6 +43,9 @@ class ClusterRequest:
     object_store_bytes: int = 0  # 0: automatic
     step_timeout_s: float = 1800.0
     host: str = "rayltx.diffusion_models.lightricks.diffusers_host:DiffusersHost"  # imported ahead of its use
+    bootstrap: tuple[str, Any] | None = (
+        None  # (dotted path, payload): what each worker calls before it imports the host
+    )
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -109,6 +112,11 @@ class Cluster:
     def current(cls) -> Cluster | None:
         return cls._current
 
+    def uses_gpu(self, index: int) -> bool:
+        """Whether a worker runs on a GPU of this machine, by its number in this process."""
+        visible = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+        return index < len(visible) and visible[index] in self._gpus
+
     def is_alive(self) -> bool:
         return Cluster._current is self and ray.is_initialized()
 
@@ -173,7 +181,7 @@ class Cluster:
         return actor_class.remote(self.request.device, threads)
 
     def _prepare(self, actor: Any) -> ray.ObjectRef:
-        return actor.run.remote("prepare", self.request.host)
+        return actor.run.remote("prepare", self.request.host, self.request.bootstrap)
 
     def workers(self) -> list[WorkerInfo]:
         """Who the workers are. Waits for them to have started."""
@@ -280,6 +288,12 @@ class Cluster:
         replaced = f"replaced rank {', '.join(map(str, gone))}" if gone else "no worker was lost"
         logger.warning("the group was formed anew in %.1f s (%s)", time.monotonic() - started, replaced)
 
+    def ensure_whole(self) -> None:
+        """Wait for what was interrupted, and replace workers that are known to be gone."""
+        self._settle()
+        if self._broken:
+            self._mend()
+
     # ---- models
 
     def load(
@@ -287,19 +301,19 @@ class Cluster:
         checkpoint: Checkpoint,
         spec: Any,
         host: str = "",
-        dtype: torch.dtype | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> RemoteModel:
         """Load a checkpoint on every worker, from one copy in this machine's memory.
 
-        spec: what the host class takes, next to the device. dtype: convert the weights, or None to leave them.
+        spec: what the host class takes, next to the device. dtypes: of tensors to convert; others are left as they are.
         progress: called with (bytes that all workers have, bytes in all).
         """
-        self._settle()
-        if self._broken:
-            self._mend()
+        self.ensure_whole()
         self.workers()
-        model = RemoteModel(self, f"model-{next(self._numbers)}", checkpoint, spec, host or self.request.host, dtype)
+        model = RemoteModel(
+            self, f"model-{next(self._numbers)}", checkpoint, spec, host or self.request.host, dtypes or {}
+        )
         self._models[model.model_id] = model
         try:
             model.load_on(range(len(self._actors)), progress)
@@ -325,10 +339,12 @@ class RemoteModel:
     checkpoint: Checkpoint
     spec: Any
     host: str
-    dtype: torch.dtype | None
+    dtypes: Mapping[str, torch.dtype]  # of tensors that are converted when they are read
     held_bytes: int = 0
     _chunks: list[ray.ObjectRef] = field(default_factory=list)
     _from_file: bool = False
+    refer: Refer | None = None  # what the workers know by name, for objects inside of inputs
+    _setups: dict[str, tuple[str, Any]] = field(default_factory=dict)  # by key, in the order in which they were made
 
     def load_on(self, ranks: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
         """Build the model on some workers and give them its weights."""
@@ -348,11 +364,13 @@ class RemoteModel:
                     total / 2**30,
                 )
         if self._from_file:
-            arguments = [(self.model_id, self.checkpoint, tuple(self.checkpoint.tensors), self.dtype)] * len(ranks)
+            arguments = [(self.model_id, self.checkpoint, tuple(self.checkpoint.tensors), self.dtypes)] * len(ranks)
             cluster._call_each(ranks, "take_file", arguments, what)
         else:
             self._share_chunks(ranks, what, progress)
         cluster._call(ranks, "finish_loading", what, self.model_id)
+        for method, argument in self._setups.values():
+            cluster._call(ranks, "call", what, self.model_id, method, False, argument)
         if progress is not None:
             progress(total, total)
 
@@ -360,8 +378,8 @@ class RemoteModel:
     def weight_bytes(self) -> int:
         """Bytes of the weights as the workers hold them."""
         return sum(
-            info.num_elements * (self.dtype or info.dtype).itemsize if info.dtype.is_floating_point else info.num_bytes
-            for info in self.checkpoint.tensors.values()
+            info.num_elements * self.dtypes.get(name, info.dtype).itemsize
+            for name, info in self.checkpoint.tensors.items()
         )
 
     def _fits(self) -> bool:
@@ -389,7 +407,7 @@ class RemoteModel:
         for number in range(len(names)):
             ahead = names[number + len(reading) :] if keep else names[number + len(reading) : number + _CHUNKS_AHEAD]
             reading += [
-                cluster._actors[0].run.remote("read_chunk", self.checkpoint, part, self.dtype) for part in ahead
+                cluster._actors[0].run.remote("read_chunk", self.checkpoint, part, self.dtypes) for part in ahead
             ]
             chunk = reading.pop(0)
             if keep:
@@ -424,11 +442,38 @@ class RemoteModel:
     def _forward(self, inputs: Any, config: ParallelConfig, poll: Callable[[], None] | None) -> Any:
         cluster = self.cluster
         cluster.form_group(config)
-        message: Message = pack(inputs, cluster._sent)
+        message: Message = pack(inputs, cluster._sent, self.refer)
         ranks = range(config.world_size)
         arguments = [(self.model_id, message)] * len(ranks)
         answers = cluster._call_each(ranks, "forward", arguments, "a step", cluster.request.step_timeout_s, poll)
         return unpack(answers[0])
+
+    def setup(self, key: str, method: str, argument: Any, what: str) -> None:
+        """Call a method of the host on every worker, and again on any that is replaced later.
+
+        key: a later setup with the same key takes this one's place.
+        """
+        cluster = self.cluster
+        cluster.ensure_whole()
+        cluster._call(range(len(cluster._actors)), "call", what, self.model_id, method, False, argument)
+        self._setups.pop(key, None)
+        self._setups[key] = (method, argument)
+
+    def forget_setups(self, prefix: str) -> None:
+        for key in [key for key in self._setups if key.startswith(prefix)]:
+            del self._setups[key]
+
+    def call(self, method: str, *args: Any, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
+        """Call a method of the host on some workers, or on all; what they return, in order."""
+        cluster = self.cluster
+        cluster.ensure_whole()
+        ranks = range(len(cluster._actors)) if ranks is None else ranks
+        return cluster._call(ranks, "call", what, self.model_id, method, False, *args)
+
+    def call_collective(self, method: str, config: ParallelConfig, what: str) -> list[Any]:
+        """Call a method of the host that takes the group, on all ranks of it."""
+        self.cluster.form_group(config)
+        return self.cluster._call(range(config.world_size), "call", what, self.model_id, method, True)
 
     def digest(self) -> list[str]:
         """SHA-256 of the parameters that each worker sees."""
@@ -438,6 +483,14 @@ class RemoteModel:
         """Let the workers forget the model. Its memory is free when they have."""
         if self.model_id in self.cluster._models and not self.cluster._broken:
             self.cluster._call(range(len(self.cluster._actors)), "release", "releasing a model", self.model_id)
+        self.forget()
+
+    def release_unless_busy(self) -> None:
+        """Release from another thread. Nothing is waited for, and a cluster that is gone has nothing to release."""
+        cluster = self.cluster
+        if cluster.is_alive() and self.model_id in cluster._models:
+            for actor in cluster._actors:
+                actor.run.remote("release", self.model_id)
         self.forget()
 
     def forget(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +67,24 @@ class _Unmarked:
         self.__array_interface__ = interface
 
 
-class _Pickler(cloudpickle.Pickler):
-    """Pickles closures and classes too, and leaves references in place of tensors."""
+Refer = Callable[[Any], "str | None"]
+"""The name under which the receiver knows an object already, or None for what has to be sent."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+
+class _Pickler(cloudpickle.Pickler):
+    """Pickles closures and classes too, and leaves references in place of tensors and of what the receiver has."""
+
+    def __init__(self, file: io.BytesIO, refer: Refer | None) -> None:
         super().__init__(file, protocol=5)
         self.tensors: list[Tensor] = []
         self._numbers: dict[int, int] = {}
+        self._refer = refer
 
-    def persistent_id(self, obj: Any) -> int | None:
+    def persistent_id(self, obj: Any) -> int | str | None:
+        if self._refer is not None:
+            name = self._refer(obj)
+            if name is not None:
+                return name
         if type(obj) not in (Tensor, torch.nn.Parameter) or obj.layout != torch.strided or obj.is_quantized:
             return None
         number = self._numbers.get(id(obj))
@@ -86,21 +95,24 @@ class _Pickler(cloudpickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, payload: bytes, tensors: list[Tensor]) -> None:
+    def __init__(self, payload: bytes, tensors: list[Tensor], known: Callable[[str], Any] | None) -> None:
         super().__init__(io.BytesIO(payload))
-        self._tensors = tensors
+        self._tensors, self._known = tensors, known
 
-    def persistent_load(self, number: int) -> Tensor:
-        return self._tensors[number]
+    def persistent_load(self, reference: int | str) -> Any:
+        if isinstance(reference, int):
+            return self._tensors[reference]
+        assert self._known is not None, f"a reference to {reference}, which nobody here knows"
+        return self._known(reference)
 
 
-def pack(obj: Any, sent: SentTensors | None = None) -> Message:
+def pack(obj: Any, sent: SentTensors | None = None, refer: Refer | None = None) -> Message:
     """Take an object apart. With `sent`, large tensors go into the object store, and what is there already stays there.
 
     Raises what pickling raises for what cannot cross a process border.
     """
     file = io.BytesIO()
-    pickler = _Pickler(file)
+    pickler = _Pickler(file, refer)
     pickler.dump(obj)
     wires = []
     for tensor in pickler.tensors:
@@ -111,10 +123,14 @@ def pack(obj: Any, sent: SentTensors | None = None) -> Message:
     return Message(file.getvalue(), tuple(wires))
 
 
-def unpack(message: Message, private: bool = True) -> Any:
-    """Put it together again. private: give each tensor memory of its own, that may be written."""
+def unpack(message: Message, private: bool = True, known: Callable[[str], Any] | None = None) -> Any:
+    """Put it together again. private: give each tensor memory of its own, that may be written.
+
+    known: what the names mean that `pack` was told to leave in place of objects.
+    """
     tensors = [wire.restore() for wire in message.tensors]
-    return _Unpickler(message.payload, [tensor.clone() for tensor in tensors] if private else tensors).load()
+    private_tensors = [tensor.clone() for tensor in tensors] if private else tensors
+    return _Unpickler(message.payload, private_tensors, known).load()
 
 
 class SentTensors:

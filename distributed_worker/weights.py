@@ -7,14 +7,14 @@ workers map the file instead: one copy too, in the page cache, but one that the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, CheckpointReader
 from rayltx.distributed_worker.messages import bytes_of_tensor, tensor_of_bytes
 from rayltx.distributed_worker.shared_pages import protected_views
 
@@ -28,13 +28,13 @@ class WeightChunk:
     data: dict[str, np.ndarray]
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype | None) -> WeightChunk:
-        """Read from the file. dtype: convert floating-point tensors, or None to leave all as they are.
+    def read(cls, checkpoint: Checkpoint, names: Sequence[str], dtypes: Mapping[str, torch.dtype]) -> WeightChunk:
+        """Read from the file. dtypes: of tensors that are converted; the others stay as they are.
 
         Nothing is copied before Ray writes the chunk into its store, unless it is converted.
         """
         with checkpoint.open() as reader:
-            tensors = {name: _converted(reader.read(name), dtype) for name in names}
+            tensors = {name: _read(reader, name, dtypes) for name in names}
         return cls(
             {name: tensor.dtype for name, tensor in tensors.items()},
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -47,13 +47,12 @@ class WeightChunk:
         return {name: tensor_of_bytes(views[name], self.dtypes[name], self.shapes[name]) for name in self.data}
 
 
-def map_file(checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def map_file(checkpoint: Checkpoint, names: Sequence[str], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Tensors on a private mapping of the file: shared through the page cache, copied page by page where written."""
     with checkpoint.open() as reader:
-        return {name: _converted(reader.read(name), dtype) for name in names}
+        return {name: _read(reader, name, dtypes) for name in names}
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor
-    return tensor.to(dtype)
+def _read(reader: CheckpointReader, name: str, dtypes: Mapping[str, torch.dtype]) -> Tensor:
+    tensor = reader.read(name)
+    return tensor.to(dtypes[name]) if name in dtypes else tensor

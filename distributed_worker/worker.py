@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,9 +93,14 @@ class Worker:
 
     # ---- the process
 
-    def prepare(self, dotted_path: str) -> WorkerInfo:
-        """Import a host ahead of its use, and say who this is."""
-        import_dotted(dotted_path)
+    def prepare(self, host_path: str, bootstrap: tuple[str, Any] | None) -> WorkerInfo:
+        """Import a host ahead of its use, and say who this is.
+
+        bootstrap: (dotted path, payload) of a function to call before: `function(payload, device)`.
+        """
+        if bootstrap is not None:
+            import_dotted(bootstrap[0])(bootstrap[1], self._device)
+        import_dotted(host_path)
         memory = psutil.virtual_memory().total
         if self._device == "cuda":
             memory = torch.cuda.get_device_properties(0).total_memory
@@ -141,8 +146,10 @@ class Worker:
         """Make a host without weights."""
         self._models[model_id] = import_dotted(host_path)(spec, self._device)
 
-    def read_chunk(self, checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype | None) -> WeightChunk:
-        return WeightChunk.read(checkpoint, names, dtype)
+    def read_chunk(
+        self, checkpoint: Checkpoint, names: Sequence[str], dtypes: Mapping[str, torch.dtype]
+    ) -> WeightChunk:
+        return WeightChunk.read(checkpoint, names, dtypes)
 
     def take_chunks(self, model_id: str, *chunks: Outcome) -> None:
         """Assign what a worker read. Ray hands in the objects behind the references, mapped."""
@@ -151,14 +158,20 @@ class Worker:
                 raise read.failure.error or RuntimeError(f"{read.failure.kind}: {read.failure.text}")
             self._models[model_id].assign(read.value.map())
 
-    def take_file(self, model_id: str, checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype | None) -> None:
-        self._models[model_id].assign(map_file(checkpoint, names, dtype))
+    def take_file(
+        self, model_id: str, checkpoint: Checkpoint, names: Sequence[str], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        self._models[model_id].assign(map_file(checkpoint, names, dtypes))
 
     def finish_loading(self, model_id: str) -> None:
         self._models[model_id].finish_loading()
 
     def release(self, model_id: str) -> None:
-        self._models.pop(model_id, None)
+        model = self._models.pop(model_id, None)
+        close = getattr(model, "close", None)
+        if close is not None:
+            close()
+        del model, close
         gc.collect()  # models refer to themselves in circles, and hold their shared pages until they are found
         if self._device == "cuda":
             torch.cuda.empty_cache()
@@ -176,6 +189,11 @@ class Worker:
                 self.leave()
             raise
         return None if answer is None else pack(answer)
+
+    def call(self, model_id: str, method: str, collective: bool, *args: Any) -> Any:
+        """Call another method of a host. collective: it takes the group first, and all of its ranks call it."""
+        group = (self._group,) if collective else ()
+        return getattr(self._models[model_id], method)(*group, *args)
 
     def digest(self, model_id: str) -> str:
         """SHA-256 over all parameters, names in order: to see that no byte of them has changed."""

@@ -258,7 +258,7 @@ def _rows_to_tokens(value: Any, index: Tensor) -> Any:
         raise TypeError(f"a timestep of type {type(value).__name__}, which is not known here")
     if value.data.shape[1] == 1:
         return value
-    ragged: Any = object.__new__(_ragged_class(type(value)))
+    ragged: Any = object.__new__(_ragged_class(type(value)))  # type: ignore[arg-type]
     for name in ("batch_size", "num_frames", "patches_per_frame", "feature_dim", "data"):
         setattr(ragged, name, getattr(value, name))
     ragged.index = index

@@ -215,7 +215,7 @@ def test_a_file_that_the_store_cannot_hold_is_mapped(cluster, checkpoint_of, cap
 def test_weights_can_be_converted_once_for_all(cluster, checkpoint_of):
     checkpoint, _ = checkpoint_of("LTX-Video")
     model = DiffusersModel.of_checkpoint(checkpoint)
-    remote = cluster.load(checkpoint, model, dtype=torch.bfloat16)
+    remote = cluster.load(checkpoint, model, dtypes={name: torch.bfloat16 for name in checkpoint.tensors})
     answer = remote.forward(CASES[0].inputs(model), ParallelConfig(2, 1))
     assert len(set(remote.digest())) == 1 and torch.isfinite(answer["video"]).all()
     remote.release()

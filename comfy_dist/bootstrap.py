@@ -1,0 +1,66 @@
+"""Make a worker's ComfyUI that of the user: the same checkout, the same arguments, the same folders."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ComfyEnvironment:
+    """What a process needs to know of a ComfyUI to be like it. Picklable; two equal ones make equal workers."""
+
+    root: str
+    arguments: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's command line
+    folders: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)  # name: (paths, endings)
+
+    @classmethod
+    def of_this_process(cls) -> ComfyEnvironment:
+        """Capture the ComfyUI that runs here."""
+        import folder_paths
+        from comfy.cli_args import args
+
+        folders = {
+            name: (tuple(map(str, paths)), tuple(sorted(endings)))
+            for name, (paths, endings) in folder_paths.folder_names_and_paths.items()
+        }
+        return cls(str(Path(folder_paths.__file__).resolve().parent), dict(vars(args)), folders)
+
+    @classmethod
+    def headless(cls, root: str, cpu: bool) -> ComfyEnvironment:
+        """A checkout with its default arguments, for use without its server."""
+        return cls(root, {"cpu": cpu})
+
+
+def enter(environment: ComfyEnvironment, device: str) -> None:
+    """Become like a ComfyUI. Call before anything of ComfyUI is imported.
+
+    device: "cpu" or "cuda", of this process. May be called again with the same root.
+    """
+    if environment.root not in sys.path:
+        # In front, as in ComfyUI itself: its modules have names such as `nodes` and `utils`.
+        sys.path.insert(0, environment.root)
+    import comfy.options  # noqa: F401  (argument parsing stays off: this process's arguments are not ComfyUI's)
+    from comfy.cli_args import args
+
+    for name, value in environment.arguments.items():
+        setattr(args, name, value)
+    args.cpu = device == "cpu"
+    # Pinning pages of the object store is not known to work, and needs no trying: the copy to the GPU is once.
+    args.disable_pinned_memory = True
+    if environment.folders:
+        folder_paths = importlib.import_module("folder_paths")
+        for name, (paths, endings) in environment.folders.items():
+            folder_paths.folder_names_and_paths[name] = (list(paths), set(endings))
+
+
+def comfyui_version() -> str:
+    return importlib.import_module("comfyui_version").__version__
+
+
+def is_comfyui(root: str | os.PathLike[str]) -> bool:
+    return (Path(root) / "comfy" / "sd.py").is_file()

@@ -1,0 +1,186 @@
+"""What ComfyUI makes of a checkpoint, found from its header: class, configuration, and the dtype of every parameter.
+
+All decisions are made once, here, with ComfyUI's own functions, and the workers are told: a worker that decided by its
+own free memory could decide otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayltx.comfy_dist.bootstrap import comfyui_version
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.errors import CheckpointError, UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+MIN_VERSION = (0, 20)
+WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16")
+_READ_BYTES = 4096  # tensors up to this size are read for detection: scales and formats of quantised layers
+
+
+@dataclass(frozen=True)
+class ComfySpec:
+    """How a worker builds ComfyUI's model. Picklable."""
+
+    version: str  # of ComfyUI
+    model_version: str  # LTX-2.3, ...
+    metadata: Mapping[str, str]
+    unet_dtype: torch.dtype
+    manual_cast_dtype: torch.dtype | None
+    fp8_optimizations: bool = False
+
+
+@dataclass(frozen=True)
+class Detected:
+    spec: ComfySpec
+    base_model: Any  # ComfyUI's BaseModel, its parameters without memory
+    state_dict: Mapping[str, Tensor]  # the parameters' names and shapes, without memory but for small ones
+    dtypes: Mapping[str, torch.dtype]  # of tensors that are converted when they are read
+
+
+def detect(checkpoint: Checkpoint, weight_dtype: str = "default") -> Detected:
+    """Let ComfyUI detect a checkpoint, without its weights.
+
+    weight_dtype: as in ComfyUI's UNETLoader, and bf16 or fp16.
+    Raises UnsupportedError for a ComfyUI that is too old or does not know the model, CheckpointError for a file whose
+    metadata and tensors disagree.
+    """
+    import comfy.model_detection
+    import comfy.model_management
+    import comfy.utils
+
+    check_version()
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise UnsupportedError(f"weight_dtype={weight_dtype!r} must be one of {', '.join(WEIGHT_DTYPES)}")
+    file_tensors = _header(checkpoint)
+    tensors, metadata = comfy.utils.convert_old_quants(dict(file_tensors), "", metadata=dict(checkpoint.metadata))
+    config = comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata)
+    if config is None or config.unet_config.get("image_model") not in ("ltxv", "ltxav"):
+        found = None if config is None else type(config).__name__
+        raise UnsupportedError(
+            f"{checkpoint.path}: ComfyUI {comfyui_version()} takes it for {found or 'no model that it knows'}, not for an "
+            f"LTX model; {checkpoint.version} needs a newer ComfyUI, or the file lacks its `config` metadata"
+        )
+
+    asked = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e4m3fn_fast": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
+             "bf16": torch.bfloat16, "fp16": torch.float16}.get(weight_dtype)  # fmt: skip
+    quantised = config.quant_config is not None
+    supported = list(config.supported_inference_dtypes)
+    unet_dtype = asked or comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(tensors),
+        supported_dtypes=supported,
+        weight_dtype=None if quantised else comfy.utils.weight_dtype(tensors),
+    )
+    manual_cast_dtype = comfy.model_management.unet_manual_cast(
+        None if quantised else unet_dtype, comfy.model_management.get_torch_device(), supported
+    )
+    spec = ComfySpec(
+        comfyui_version(),
+        checkpoint.version,
+        metadata,
+        unet_dtype,
+        manual_cast_dtype,
+        fp8_optimizations=weight_dtype == "fp8_e4m3fn_fast",
+    )
+    base_model = build_base_model(config, spec, tensors, device=torch.device("meta"))
+    tensors = config.process_unet_state_dict(tensors)
+    _check_parameters(checkpoint, base_model.diffusion_model, tensors)
+    return Detected(spec, base_model, tensors, _conversions(base_model, tensors, file_tensors, spec))
+
+
+def check_version() -> None:
+    """Raises UnsupportedError for a ComfyUI without LTX-2, or one that is too old to be sharded."""
+    version = comfyui_version()
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MIN_VERSION:
+        raise UnsupportedError(
+            f"ComfyUI {version} is too old: RayLTX needs {'.'.join(map(str, MIN_VERSION))} or newer; update ComfyUI"
+        )
+
+
+def build_base_model(config: Any, spec: ComfySpec, tensors: Mapping[str, Tensor], device: torch.device | None) -> Any:
+    """ComfyUI's BaseModel for a detected configuration. device: None leaves parameters on the CPU, untouched."""
+    arguments = {}
+    if "device" in inspect.signature(config.set_inference_dtype).parameters:
+        import comfy.model_management
+
+        arguments["device"] = comfy.model_management.get_torch_device()
+    config.set_inference_dtype(spec.unet_dtype, spec.manual_cast_dtype, **arguments)
+    if spec.fp8_optimizations:
+        config.optimizations["fp8"] = True
+    return config.get_model(tensors, "", device=device)
+
+
+def _header(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The checkpoint's tensors: small ones read, others shapes without memory."""
+    tensors = {}
+    with checkpoint.open() as reader:
+        for name, info in checkpoint.tensors.items():
+            if info.num_bytes <= _READ_BYTES:
+                tensors[name] = reader.read(name)
+            else:
+                tensors[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+    return tensors
+
+
+def is_quantised(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a weight belongs to a quantised layer, whose tensors are taken as they are."""
+    return f"{name.rpartition('.')[0]}.comfy_quant" in tensors
+
+
+def _check_parameters(checkpoint: Checkpoint, model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for parameters that the file lacks or has in another shape.
+
+    ComfyUI itself would warn, and sample with what happens to be in memory.
+    """
+    complaints = []
+    for name, parameter in model.named_parameters():
+        if name not in tensors:
+            complaints.append(f"{name} is missing")
+        elif not is_quantised(name, tensors) and tensors[name].shape != parameter.shape:
+            complaints.append(f"{name} is {list(tensors[name].shape)} and should be {list(parameter.shape)}")
+    if complaints:
+        more = f", and {len(complaints) - 4} more" if len(complaints) > 4 else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: its metadata and its tensors disagree: {'; '.join(complaints[:4])}{more}; if it was "
+            "converted, convert it again with its `config` metadata kept"
+        )
+
+
+def _conversions(
+    base_model: Any, tensors: Mapping[str, Tensor], file_tensors: Mapping[str, Tensor], spec: ComfySpec
+) -> dict[str, torch.dtype]:
+    """The dtype of each tensor that is not in the file as ComfyUI would hold it in memory.
+
+    ComfyUI copies weights into parameters of the dtype that it has chosen; shared weights are taken as they are, so they
+    have to be converted before. Quantised layers are as the file has them, and their plain neighbours in the dtype that
+    they are computed in.
+    """
+    parameters = dict(base_model.diffusion_model.named_parameters())
+    modules = dict(base_model.diffusion_model.named_modules())
+    conversions = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or is_quantised(name, tensors) or name not in file_tensors:
+            continue
+        if name in parameters:
+            wanted = parameters[name].dtype
+        elif name.endswith(".weight") and hasattr(modules.get(name[: -len(".weight")]), "factory_kwargs"):
+            wanted = modules[name[: -len(".weight")]].factory_kwargs["dtype"]  # a plain layer among quantised ones
+        else:
+            continue
+        if wanted != tensor.dtype:
+            conversions[name] = wanted
+    return conversions
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """A model configuration as text, the same for equal configurations."""
+    return json.dumps({key: str(value) for key, value in sorted(config.items())})

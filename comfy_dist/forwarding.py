@@ -1,0 +1,96 @@
+"""What a MODEL carries besides weights, on its way to the workers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import cloudpickle
+from torch import nn
+
+from rayltx.distributed_worker.messages import Refer, pack
+from rayltx.errors import UnsupportedError
+
+HERE = ("wrappers", "callbacks")  # of the transformer options: they run in ComfyUI's process, around the call
+MODEL_PREFIX = "diffusion_model."  # of object patches that belong into the workers
+_BOTH = ("manual_cast_dtype",)  # object patches that count on both sides
+
+
+@dataclass(frozen=True)
+class PatchState:
+    """The patches of one MODEL: what makes its weights others than the file's."""
+
+    uuid: Any = None
+    patches: dict[str, list[Any]] = field(default_factory=dict)  # of weights: LoRA and its kin
+    object_patches: dict[str, Any] = field(default_factory=dict)
+    weight_wrappers: dict[str, list[Any]] = field(default_factory=dict)
+    injections: dict[str, list[Any]] = field(default_factory=dict)
+    force_cast_weights: bool = False
+
+    @classmethod
+    def of(cls, patcher: Any) -> PatchState:
+        """What a patcher of the ComfyUI process would do to the weights."""
+        return cls(
+            patcher.patches_uuid,
+            dict(patcher.patches),
+            {name: patch for name, patch in patcher.object_patches.items() if is_remote(name)},
+            dict(getattr(patcher, "weight_wrapper_patches", {})),
+            dict(patcher.injections),
+            bool(getattr(patcher, "force_cast_weights", False)),
+        )
+
+    def apply_to(self, patcher: Any) -> None:
+        """Give a worker's patcher the same."""
+        patcher.patches = self.patches
+        patcher.patches_uuid = self.uuid
+        patcher.object_patches = self.object_patches
+        patcher.weight_wrapper_patches = self.weight_wrappers
+        patcher.injections = self.injections
+        patcher.force_cast_weights = self.force_cast_weights
+
+    def signature(self) -> tuple[Any, ...]:
+        """Changes when what the workers have to be told does: ComfyUI's uuid covers only the weights' patches."""
+        objects = tuple((name, id(patch)) for name, patch in sorted(self.object_patches.items()))
+        return self.uuid, objects, tuple(sorted(self.injections)), self.force_cast_weights
+
+
+def is_remote(name: str) -> bool:
+    return name.startswith(MODEL_PREFIX) or name in _BOTH
+
+
+def is_local(name: str) -> bool:
+    return not name.startswith(MODEL_PREFIX)
+
+
+def module_names(diffusion_model: nn.Module) -> Refer:
+    """Lets closures over the model's modules cross: a worker puts its own module of that name in their place."""
+    names = {id(module): name for name, module in diffusion_model.named_modules()}
+
+    def refer(obj: Any) -> str | None:
+        return names.get(id(obj)) if isinstance(obj, nn.Module) else None
+
+    return refer
+
+
+def register_unimportable_modules() -> None:
+    """Send classes and functions of custom nodes by value.
+
+    ComfyUI loads nodes under names made of their paths, which no other process can import.
+    """
+    for name, module in list(sys.modules.items()):
+        if ("/" in name or "\\" in name) and module is not None:
+            cloudpickle.register_pickle_by_value(module)
+
+
+def check_sendable(items: Mapping[str, Any], what: str, refer: Refer) -> None:
+    """Raises UnsupportedError that names the one item which cannot cross to another process."""
+    for name, item in items.items():
+        try:
+            pack(item, refer=refer)
+        except Exception as error:  # pickling raises anything
+            raise UnsupportedError(
+                f"{what} {name!r} ({type(item).__name__}) cannot be sent to the workers: {error}. Remove the node that adds "
+                "it, or use ComfyUI's own loader and one GPU for this workflow"
+            ) from error

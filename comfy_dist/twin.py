@@ -1,0 +1,388 @@
+"""The MODEL that ComfyUI sees: a real one of its class, without weights, whose model calls go to the workers.
+
+Samplers, schedulers, guiders, previews, progress and interruption are ComfyUI's own and run in its process; so do the
+wrappers around the model call. One call of the model becomes one call of the workers. The class, the configuration and
+the modules are ComfyUI's, so that LoRA loaders find the keys and patches the modules that they look for; what they do to
+weights is forwarded.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import queue
+import threading
+import uuid
+import weakref
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from torch import Tensor
+
+from rayltx.comfy_dist.detection import Detected, detect
+from rayltx.comfy_dist.forwarding import (
+    HERE,
+    PatchState,
+    check_sendable,
+    is_local,
+    module_names,
+    register_unimportable_modules,
+)
+from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
+from rayltx.distributed_worker.cluster import Cluster, RemoteModel
+from rayltx.distributed_worker.messages import Message, pack
+from rayltx.errors import InputError, UnsupportedError
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+HOST = "rayltx.comfy_dist.worker_model:ComfyModel"
+LINK = "rayltx_link"
+# Transformer options that change with every step; the others are patches and the like, and are sent when they change.
+_CHANGING = ("sigmas", "sample_sigmas", "cond_or_uncond", "uuids", "prefetch_dynamic_vbars")
+
+
+class Link:
+    """The way from one model of this process to the workers' copies of it."""
+
+    def __init__(self, remote: RemoteModel, config: ParallelConfig, detected: Detected) -> None:
+        self.remote = remote
+        self.config = config
+        self.base_model = weakref.ref(detected.base_model)
+        self.state_dict = detected.state_dict
+        self.loaded = False
+        self._refer = module_names(detected.base_model.diffusion_model)
+        remote.refer = self._refer
+        self._sent_patches: Any = None
+        self._sent_part: tuple[str, Message] | None = None
+        self._sent_hooks: dict[Any, str] = {}
+        self._runs = itertools.count()
+        self._load_key: Any = None
+
+    # ---- patches
+
+    def sync(self, patcher: Any) -> None:
+        """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name."""
+        state = PatchState.of(patcher)
+        if state.signature() != self._sent_patches:
+            self._sent_patches = None
+            register_unimportable_modules()
+            check_sendable(state.object_patches, "the object patch", self._refer)
+            check_sendable(state.injections, "the injection", self._refer)
+            check_sendable(state.weight_wrappers, "the weight wrapper of", self._refer)
+            message = pack(state, refer=self._refer)
+            self.remote.setup("patches", "set_patches", message, "forwarding patches")
+            self.remote.forget_setups("hooks ")
+            self._sent_hooks.clear()
+            self._sent_patches = state.signature()
+        self.loaded = True
+
+    def begin_run(self) -> None:
+        """A sampling run begins: weights are put on the devices anew, if anything took their place."""
+        self._load_key = next(self._runs)
+
+    def _hooks_key(self, patcher: Any) -> str | None:
+        """The workers' name for the hooks of this step, whose patches they are sent when they are first used."""
+        hooks = patcher.current_hooks
+        if hooks is None:
+            return None
+        identity = tuple((id(hook.hook_ref), float(hook.strength)) for hook in hooks.hooks), patcher.patches_uuid
+        if identity not in self._sent_hooks:
+            key = uuid.uuid4().hex
+            combined = patcher.get_combined_hook_patches(hooks)
+            check_sendable(combined, "the hook's patch of", self._refer)
+            self.remote.setup(
+                f"hooks {key}", "keep_hooks", pack((key, combined), refer=self._refer), "forwarding hooks"
+            )
+            self._sent_hooks[identity] = key
+        return self._sent_hooks[identity]
+
+    def drop_hooks(self) -> None:
+        if self._sent_hooks:
+            self._sent_hooks.clear()
+            self.remote.forget_setups("hooks ")
+            self.remote.call("drop_hooks", what="undoing hooks")
+
+    # ---- calls
+
+    def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's `_forward`, by the workers. Returns what it returns, on the device of the input."""
+        bound = inspect.signature(type(model)._forward).bind(model, *args, **kwargs)
+        arguments = dict(bound.arguments)
+        arguments.pop("self")
+        arguments.update(arguments.pop("kwargs", {}))
+        options = dict(arguments.pop("transformer_options", None) or {})
+        x = arguments["x"]
+        self._check(model, x, arguments.get("context"))
+        patcher = self.base_model().current_patcher  # type: ignore[union-attr]
+        inputs = {
+            "args": (),
+            "kwargs": arguments,
+            "options": {name: value for name, value in options.items() if name in _CHANGING},
+            "parts": self._part_key({k: v for k, v in options.items() if k not in _CHANGING and k not in HERE}),
+            "hooks": self._hooks_key(patcher) if patcher is not None else None,
+            "load": self._load_key,
+            "latent_shape": _latent_shape(x),
+        }
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        out = self.remote.forward(inputs, self.config, poll)
+        device = (x[0] if isinstance(x, (list, tuple)) else x).device
+        return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
+
+    def preprocess_text_embeds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The text connector, which is part of the weights. One worker is enough for it."""
+        context: Tensor = args[0]
+        message = pack((self._load_key, args, kwargs))
+        try:
+            answers = self.remote.call("preprocess_text_embeds", message, what="the text connector", ranks=[0])
+            return answers[0].to(context.device)
+        except RuntimeError as error:
+            if "shape" in str(error) or "size" in str(error):
+                raise InputError(
+                    f"the conditioning is {context.shape[-1]} wide, which this {self.remote.checkpoint.version} model's text "
+                    "connector does not take; encode the text with the text encoder of this LTX version"
+                ) from error
+            raise
+
+    def _part_key(self, part: dict[str, Any]) -> str:
+        """The workers' name for the transformer options that stay the same, which they are sent when they change."""
+        try:
+            message = pack(part, refer=self._refer)
+        except Exception as error:  # pickling raises anything
+            register_unimportable_modules()
+            check_sendable(part, "the transformer option", self._refer)
+            raise UnsupportedError(f"the transformer options cannot be sent to the workers: {error}") from error
+        if self._sent_part is None or not _same(message, self._sent_part[1]):
+            key = uuid.uuid4().hex
+            self.remote.setup("part", "keep_part", pack((key, part), refer=self._refer), "forwarding patches")
+            self._sent_part = (key, message)
+        return self._sent_part[0]
+
+    def _check(self, model: Any, x: Any, context: Tensor | None) -> None:
+        """Raises InputError for latents and text of another model, before the workers stumble over them."""
+        video = x[0] if isinstance(x, (list, tuple)) else x
+        version = self.remote.checkpoint.version
+        if video.ndim != 5 or video.shape[1] != model.in_channels:
+            raise InputError(
+                f"the latent has the shape {tuple(video.shape)}: a {version} model takes (batch, {model.in_channels}, frames, "
+                "height, width); use an empty LTX latent, or the VAE of this model"
+            )
+        width = _context_width(model)
+        if context is not None and context.shape[-1] != width:
+            raise InputError(
+                f"the conditioning is {context.shape[-1]} wide, and this {version} model takes {width}; encode the text with "
+                "the text encoder of this LTX version"
+            )
+
+    # ---- memory
+
+    def unload(self) -> None:
+        """Free the devices; the host's copy stays."""
+        if self.loaded:
+            self.loaded = False
+            self.remote.call("unload", what="unloading")
+
+    def device_bytes(self, device: torch.device) -> int:
+        """What the workers' weights take on a device of this process, when loaded."""
+        if device.type != "cuda":
+            return 0
+        index = device.index or 0
+        return self.remote.weight_bytes if self.remote.cluster.uses_gpu(index) else 0
+
+
+def _latent_shape(x: Any) -> list[int]:
+    """As ComfyUI estimates memory by: an audio-video latent counts as one packed stream."""
+    if isinstance(x, (list, tuple)):
+        batch = x[0].shape[0]
+        return [batch, 1, sum(stream.numel() for stream in x) // batch]
+    return list(x.shape)
+
+
+def _context_width(model: Any) -> int:
+    if not hasattr(model, "audio_inner_dim"):
+        return model.inner_dim if model.caption_proj_before_connector else model.caption_channels
+    if model.caption_proj_before_connector:
+        return model.inner_dim + model.audio_inner_dim
+    return 2 * model.caption_channels
+
+
+def _same(a: Message, b: Message) -> bool:
+    if a.payload != b.payload or len(a.tensors) != len(b.tensors):
+        return False
+    return all(
+        (x.dtype, x.shape) == (y.dtype, y.shape) and bool((x.data == y.data).all())
+        for x, y in zip(a.tensors, b.tensors)
+    )
+
+
+@functools.cache
+def _remote_class(model_class: Any) -> Any:
+    """ComfyUI's model class, with what needs weights done by the workers."""
+
+    class RemoteLTX(model_class):
+        def _forward(self, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self, LINK).forward(self, args, kwargs)
+
+        def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+            found = {} if destination is None else destination
+            found.update({prefix + name: tensor for name, tensor in getattr(self, LINK).state_dict.items()})
+            return found
+
+    if hasattr(model_class, "preprocess_text_embeds"):
+
+        def preprocess_text_embeds(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return getattr(self, LINK).preprocess_text_embeds(args, kwargs)
+
+        RemoteLTX.preprocess_text_embeds = preprocess_text_embeds
+    RemoteLTX._forward.__signature__ = inspect.signature(model_class._forward)  # type: ignore[attr-defined]
+    RemoteLTX.__name__ = RemoteLTX.__qualname__ = model_class.__name__
+    return RemoteLTX
+
+
+class TwinPatcher(comfy.model_patcher.ModelPatcher):
+    """Loads and unloads as nothing, and stands in ComfyUI's list of loaded models for the workers' memory."""
+
+    @property
+    def link(self) -> Link:
+        return getattr(self.model.diffusion_model, LINK)
+
+    def model_size(self) -> int:
+        return self.link.device_bytes(self.load_device)
+
+    def loaded_size(self) -> int:
+        return self.link.device_bytes(self.load_device) if self.link.loaded else 0
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device if self.link.loaded else self.offload_device
+
+    def lowvram_patch_counter(self) -> int:
+        return 0
+
+    def model_mmap_residency(self, free: bool = False) -> tuple[int, int]:
+        return 0, 0
+
+    def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+        self.unpatch_model()
+        self.patch_model()
+        self.link.sync(self)
+        return self.loaded_size()
+
+    def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
+        freed = self.loaded_size()
+        self.link.unload()
+        return freed
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        self.unpatch_model()
+        if unpatch_all:
+            self.link.unload()
+        for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_DETACH):
+            callback(self, unpatch_all)
+        return self.model
+
+    def patch_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the object patches that are for this process, such as another model sampling."""
+        for name, patch in self.object_patches.items():
+            if is_local(name):
+                before = comfy.utils.set_attr(self.model, name, patch)
+                self.object_patches_backup.setdefault(name, before)
+        return self.model
+
+    def unpatch_model(self, *args: Any, **kwargs: Any) -> None:
+        for name, before in self.object_patches_backup.items():
+            comfy.utils.set_attr(self.model, name, before)
+        self.object_patches_backup.clear()
+
+    def inject_model(self) -> None:
+        """Injections are for the weights: the workers get them."""
+
+    def eject_model(self) -> None:
+        pass
+
+    def pre_run(self) -> None:
+        super().pre_run()
+        self.link.begin_run()
+
+    # ---- hooks: combined here, where their strengths are known, applied there
+
+    def patch_hooks(self, hooks: Any) -> None:
+        self.current_hooks = hooks
+
+    def unpatch_hooks(self, whitelist_keys_set: Any = None) -> None:
+        self.current_hooks = None
+
+    def clean_hooks(self) -> None:
+        self.current_hooks = None
+        self.link.drop_hooks()
+
+    # ---- what cannot be done without the weights
+
+    def get_key_patches(self, filter_prefix: Any = None) -> Any:
+        raise UnsupportedError(
+            "this MODEL holds no weights, they are with the Ray workers: it cannot be merged into another or saved; load the "
+            "file with ComfyUI's own loader for that"
+        )
+
+    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_key_patches()
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_key_patches()
+
+
+_released: queue.SimpleQueue[RemoteModel] = queue.SimpleQueue()
+
+
+@functools.cache
+def _janitor() -> threading.Thread:
+    """Releases models whose MODEL is gone. In a thread: a finaliser may run inside of Ray's own locks."""
+
+    def work() -> None:
+        while True:
+            _released.get().release_unless_busy()
+
+    thread = threading.Thread(target=work, name="rayltx-janitor", daemon=True)
+    thread.start()
+    return thread
+
+
+def load_twin(
+    path: str, cluster: Cluster, config: ParallelConfig, weight_dtype: str = "default", progress: Any = None
+) -> TwinPatcher:
+    """Load a checkpoint on the workers, and make the MODEL that stands for it.
+
+    weight_dtype: as in ComfyUI's UNETLoader. progress: see `Cluster.load`.
+    Raises CheckpointError and UnsupportedError before any worker is asked; SelfTestError if this ComfyUI's model would
+    give another picture on several ranks.
+    """
+    from rayltx.comfy_dist.verdicts import prove_seam
+
+    with torch.inference_mode():
+        checkpoint = open_checkpoint(path)
+        detected = detect(checkpoint, weight_dtype)
+        remote = cluster.load(checkpoint, detected.spec, HOST, detected.dtypes, progress)
+        try:
+            prove_seam(remote, config, detected)
+        except BaseException:
+            remote.release()
+            raise
+        base_model = detected.base_model
+        diffusion_model = base_model.diffusion_model
+        # The modules and the configuration of ComfyUI's class, on no memory; what needs weights goes over the link.
+        diffusion_model.__class__ = _remote_class(type(diffusion_model))  # type: ignore[arg-type]
+        object.__setattr__(diffusion_model, LINK, Link(remote, config, detected))
+        _share_memory_estimate(base_model, config)
+        load_device = comfy.model_management.get_torch_device()
+        offload_device = comfy.model_management.unet_offload_device()
+        base_model.device = offload_device
+        _janitor()
+        weakref.finalize(base_model, _released.put, remote).atexit = False
+        return TwinPatcher(base_model, load_device, offload_device)
+
+
+def _share_memory_estimate(base_model: Any, config: ParallelConfig) -> None:
+    """ComfyUI decides by it whether positive and negative go in one batch: a rank holds its share of the tokens."""
+    whole = base_model.memory_required
+    base_model.memory_required = lambda *args, **kwargs: whole(*args, **kwargs) / config.world_size
