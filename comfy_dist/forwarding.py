@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle
-from torch import nn
+from torch import Tensor, nn
 
 from rayltx.distributed_worker.messages import Refer, pack
 from rayltx.errors import UnsupportedError
 
-HERE = ("wrappers", "callbacks")  # of the transformer options: they run in ComfyUI's process, around the call
+# Of the transformer options: what runs in ComfyUI's process, around the call; what changes with every step; and what
+# patches the model's inside.
+_HERE = ("wrappers", "callbacks")
+CHANGING = ("sigmas", "sample_sigmas", "cond_or_uncond", "uuids", "prefetch_dynamic_vbars")
+_PATCHES = ("patches", "patches_replace", "optimized_attention_override")
 MODEL_PREFIX = "diffusion_model."  # of object patches that belong into the workers
 _BOTH = ("manual_cast_dtype",)  # object patches that count on both sides
 
@@ -56,6 +62,25 @@ class PatchState:
         return self.uuid, objects, tuple(sorted(self.injections)), self.force_cast_weights
 
 
+def remote_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The transformer options that the workers need, without those that change with every step.
+
+    The model reads plain values. Objects are read by patches alone: without a patch of the model's inside, they belong to
+    wrappers, which stay here with all that they have cached.
+    """
+    patched = any(options.get(name) for name in _PATCHES)
+    kept = {name: value for name, value in options.items() if name not in _HERE and name not in CHANGING}
+    return {name: value for name, value in kept.items() if patched or name in _PATCHES or _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, bytes, Tensor))
+
+
 def is_remote(name: str) -> bool:
     return name.startswith(MODEL_PREFIX) or name in _BOTH
 
@@ -77,10 +102,21 @@ def module_names(diffusion_model: nn.Module) -> Refer:
 def register_unimportable_modules() -> None:
     """Send classes and functions of custom nodes by value.
 
-    ComfyUI loads nodes under names made of their paths, which no other process can import.
+    ComfyUI loads nodes under names made of their paths, and nodes change the search path as they like: what does not
+    come from an installed package, from ComfyUI itself or from here, another process may not be able to import.
     """
+    import folder_paths
+
+    comfyui = Path(folder_paths.__file__).resolve().parent
+    installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
     for name, module in list(sys.modules.items()):
-        if ("/" in name or "\\" in name) and module is not None:
+        file = getattr(module, "__file__", None)
+        if not isinstance(file, str) or name == "__main__" or name.split(".")[0] == "rayltx":
+            continue
+        parents = Path(file).resolve().parents
+        unimportable = "/" in name or "\\" in name
+        of_comfyui = comfyui in parents and comfyui / "custom_nodes" not in parents
+        if unimportable or not (of_comfyui or any(folder in parents for folder in installed)):
             cloudpickle.register_pickle_by_value(module)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import logging
 import queue
 import threading
 import uuid
@@ -25,12 +26,13 @@ from torch import Tensor
 
 from rayltx.comfy_dist.detection import Detected, detect
 from rayltx.comfy_dist.forwarding import (
-    HERE,
+    CHANGING,
     PatchState,
     check_sendable,
     is_local,
     module_names,
     register_unimportable_modules,
+    remote_options,
 )
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.distributed_worker.cluster import Cluster, RemoteModel
@@ -40,8 +42,8 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 
 HOST = "rayltx.comfy_dist.worker_model:ComfyModel"
 LINK = "rayltx_link"
-# Transformer options that change with every step; the others are patches and the like, and are sent when they change.
-_CHANGING = ("sigmas", "sample_sigmas", "cond_or_uncond", "uuids", "prefetch_dynamic_vbars")
+
+logger = logging.getLogger(__name__)
 
 
 class Link:
@@ -64,11 +66,19 @@ class Link:
     # ---- patches
 
     def sync(self, patcher: Any) -> None:
-        """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name."""
+        """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name.
+
+        A cluster that was ended in the meantime is started again, with the model on it: ComfyUI keeps MODELs for longer.
+        """
+        if not self.remote.cluster.is_alive():
+            logger.warning("the Ray workers of this MODEL were ended: starting them again")
+            self.remote = self.remote.load_again(Cluster.start(self.remote.cluster.request))
+            self._sent_patches = self._sent_part = None
+            self._sent_hooks.clear()
         state = PatchState.of(patcher)
+        register_unimportable_modules()
         if state.signature() != self._sent_patches:
             self._sent_patches = None
-            register_unimportable_modules()
             check_sendable(state.object_patches, "the object patch", self._refer)
             check_sendable(state.injections, "the injection", self._refer)
             check_sendable(state.weight_wrappers, "the weight wrapper of", self._refer)
@@ -88,7 +98,8 @@ class Link:
         hooks = patcher.current_hooks
         if hooks is None:
             return None
-        identity = tuple((id(hook.hook_ref), float(hook.strength)) for hook in hooks.hooks), patcher.patches_uuid
+        # The references are part of the key, so that they live, and their ids stay their own.
+        identity = tuple((hook.hook_ref, float(hook.strength)) for hook in hooks.hooks), patcher.patches_uuid
         if identity not in self._sent_hooks:
             key = uuid.uuid4().hex
             combined = patcher.get_combined_hook_patches(hooks)
@@ -120,8 +131,8 @@ class Link:
         inputs = {
             "args": (),
             "kwargs": arguments,
-            "options": {name: value for name, value in options.items() if name in _CHANGING},
-            "parts": self._part_key({k: v for k, v in options.items() if k not in _CHANGING and k not in HERE}),
+            "options": {name: value for name, value in options.items() if name in CHANGING},
+            "parts": self._part_key(remote_options(options)),
             "hooks": self._hooks_key(patcher) if patcher is not None else None,
             "load": self._load_key,
             "latent_shape": _latent_shape(x),
@@ -151,7 +162,6 @@ class Link:
         try:
             message = pack(part, refer=self._refer)
         except Exception as error:  # pickling raises anything
-            register_unimportable_modules()
             check_sendable(part, "the transformer option", self._refer)
             raise UnsupportedError(f"the transformer options cannot be sent to the workers: {error}") from error
         if self._sent_part is None or not _same(message, self._sent_part[1]):

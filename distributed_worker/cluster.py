@@ -346,6 +346,12 @@ class RemoteModel:
     refer: Refer | None = None  # what the workers know by name, for objects inside of inputs
     _setups: dict[str, tuple[str, Any]] = field(default_factory=dict)  # by key, in the order in which they were made
 
+    def load_again(self, cluster: Cluster) -> RemoteModel:
+        """The same model on another cluster, in place of one that was ended. Setups are not repeated."""
+        model = cluster.load(self.checkpoint, self.spec, self.host, self.dtypes)
+        model.refer = self.refer
+        return model
+
     def load_on(self, ranks: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
         """Build the model on some workers and give them its weights."""
         cluster, what = self.cluster, f"loading {os.path.basename(self.checkpoint.path)}"

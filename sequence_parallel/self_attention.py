@@ -12,7 +12,12 @@ from rayltx.sequence_parallel.local_attention import Attend, AttendWithLse, atte
 from rayltx.sequence_parallel.masks import SelfAttentionMask, attend_masked
 from rayltx.sequence_parallel.partition import Partition, TokenPartition
 from rayltx.sequence_parallel.ring import ring_attention
-from rayltx.sequence_parallel.ulysses import PendingExchange, gather_heads, start_scatter_heads
+from rayltx.sequence_parallel.ulysses import (
+    PendingExchange,
+    all_gather_tokens,
+    gather_heads,
+    start_scatter_heads,
+)
 
 
 class SelfAttentionExchange:
@@ -43,20 +48,27 @@ class SelfAttentionExchange:
         attend: Attend,
         attend_with_lse: AttendWithLse = attention_with_lse,
         mask: SelfAttentionMask | None = None,
+        mergeable: bool = True,
     ) -> Tensor:
         """Attention of this rank's tokens over all tokens.
 
         attend: the host's kernel, used wherever a rank sees all keys at once.
         attend_with_lse: used in the ring, whose parts are merged.
         mask: of the whole sequence.
+        mergeable: False if `attend` is not the plain attention that parts can be merged into; a ring then gathers the
+        keys, and `attend` sees them all.
         Returns (B, n, H, E), of the query's dtype.
         """
         query, key, value = (x.wait() if isinstance(x, PendingExchange) else x for x in (query, key, value))
         group, chunks = self._group, self._partition.chunks
         heads = self._heads.slice(group.ulysses_rank)
+        whole = slice(0, chunks.total)
         if group.ring is None:
-            whole = slice(0, chunks.total)
             out = attend_masked(attend, query, key, value, mask, whole, whole, heads)
+        elif not mergeable:
+            key, value = (all_gather_tokens(x, chunks, group.ring) for x in (key, value))
+            queries = chunks.slice(group.ring_rank)
+            out = attend_masked(attend, query, key, value, mask, queries, whole, heads)
         else:
             out = ring_attention(query, key, value, chunks, group.ring, attend_with_lse, mask, heads)
         if group.ulysses is None:

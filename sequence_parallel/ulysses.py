@@ -106,3 +106,24 @@ def gather_tokens(x_local: Tensor, tokens: Partition, group: ProcessGroup | None
         group=group,
     )
     return received.transpose(0, 1) if here else None
+
+
+def all_gather_tokens(x_local: Tensor, tokens: Partition, group: ProcessGroup) -> Tensor:
+    """Collect the tokens of all ranks on every one.
+
+    x_local: (B, n, ...). Returns (B, N, ...). It moves the width of every token to every rank: for where nothing less
+    will do. Collective, and an all-to-all for the same reason as `gather_tokens`.
+    """
+    degree = len(tokens.sizes)
+    B, rest = x_local.shape[0], x_local.shape[2:]
+    width = B * math.prod(rest)
+    sent = x_local.transpose(0, 1).contiguous().view(-1)
+    received = x_local.new_empty(tokens.total, B, *rest)
+    dist.all_to_all_single(
+        received.view(-1),
+        sent.repeat(degree),
+        output_split_sizes=[size * width for size in tokens.sizes],
+        input_split_sizes=[sent.numel()] * degree,
+        group=group,
+    )
+    return received.transpose(0, 1)

@@ -49,6 +49,31 @@ def model_class(version: str):
     return importlib.import_module("comfy.ldm.lightricks.av_model").LTXAVModel
 
 
+def quantise(path: Path, scaled: bool) -> None:
+    """Make the block's matrices of a checkpoint fp8, as they are, or with a scale for each (ComfyUI's first format)."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for name in [
+        name for name in tensors if "transformer_blocks" in name and tensors[name].ndim == 2 and "table" not in name
+    ]:
+        weight = tensors[name].float()
+        if scaled:
+            scale = weight.abs().max() / 448.0
+            tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+            tensors[name.replace(".weight", ".scale_weight")] = scale.reshape(1)
+        else:
+            tensors[name] = weight.to(torch.float8_e4m3fn)
+    if scaled:
+        tensors["model.diffusion_model.scaled_fp8"] = torch.tensor([], dtype=torch.float8_e4m3fn)
+    else:
+        tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata=metadata)
+
+
 def save_checkpoint(path: Path, version: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> None:
     """A tiny random checkpoint in the official format, text connector included. changes: to the configuration."""
     import math

@@ -216,7 +216,8 @@ class _ShardedForward:
         sequence = self.sequence
         if role is AttentionRole.VIDEO_SELF:
             sequence = ShardedSequence(sequence.group, sequence.partition, own_mask)
-        return sequence.attend(role, query, key, value, local, mask).flatten(2)
+        # Another pack's override can be anything: it is shown whole attentions, not parts to be merged.
+        return sequence.attend(role, query, key, value, local, mask, mergeable=chained is None).flatten(2)
 
     def gather_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Collect the predicted tokens on rank 0, where they are narrowest. Elsewhere the shape is kept."""

@@ -17,6 +17,7 @@ from rayltx.sequence_parallel.masks import SelfAttentionMask
 from rayltx.sequence_parallel.partition import TokenPartition
 from rayltx.sequence_parallel.self_attention import SelfAttentionExchange
 from rayltx.sequence_parallel.sharded_keys import attention_over_sharded_keys
+from rayltx.sequence_parallel.ulysses import all_gather_tokens
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,40 @@ class ShardedSequence:
         return SelfAttentionExchange(self.group, self.partition, num_heads)
 
     def attend(
-        self, role: AttentionRole, query: Tensor, key: Tensor, value: Tensor, attend: Attend, mask: Tensor | None = None
+        self,
+        role: AttentionRole,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attend: Attend,
+        mask: Tensor | None = None,
+        mergeable: bool = True,
     ) -> Tensor:
         """Any attention of a block, from what this rank holds.
 
         query, key, value: (B, tokens, H, E). Video tokens are this rank's, text and audio tokens are all.
         mask: broadcastable to (B, H, queries, keys) of the whole attention: its video side is cut here. Video
         self-attention takes the sequence's mask instead.
+        mergeable: False if `attend` is more than plain attention, so that parts of it cannot be merged. Then keys are
+        gathered where parts would have been.
         Returns (B, queries, H, E). Collective for VIDEO_SELF and VIDEO_TO_AUDIO.
         """
         if role is AttentionRole.VIDEO_SELF:
             assert mask is None, "the mask of video self-attention belongs to the sequence"
             exchange = self.self_exchange(query.shape[2])
             sent_value, sent_query, sent_key = exchange.send(value), exchange.send(query), exchange.send(key)
-            return exchange.attend(sent_query, sent_key, sent_value, attend, mask=self.self_attention_mask)
+            return exchange.attend(
+                sent_query, sent_key, sent_value, attend, mask=self.self_attention_mask, mergeable=mergeable
+            )
         if role is AttentionRole.VIDEO_TO_AUDIO:
+            whole_mask = mask
             if mask is not None and mask.shape[-1] == self.partition.num_tokens:
                 mask = mask[..., self.local]
             if self.group.world is None:
                 return attend_some(attend, query, key, value, mask)
+            if not mergeable:
+                key, value = (all_gather_tokens(x, self.partition.tokens, self.group.world) for x in (key, value))
+                return attend_some(attend, query, key, value, whole_mask)
             return attention_over_sharded_keys(query, key, value, self.group, mask_local=mask)
         if mask is not None and role in (AttentionRole.VIDEO_TEXT, AttentionRole.AUDIO_TO_VIDEO):
             if mask.ndim >= 2 and mask.shape[-2] == self.partition.num_tokens > 1:
