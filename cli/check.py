@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
-from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -29,26 +31,22 @@ def degrees_up_to(workers: int) -> list[ParallelConfig]:
     ]
 
 
-def run_check(options: ClusterOptions, versions: list[str]) -> bool:
+Errors = dict[str, "float | str"]  # by case; what the model said, in place of a number, where it could not be run
+
+
+def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None) -> bool:
     """Print the table; whether all of it is within the tolerance.
 
-    Tiny random models of every LTX version run on the workers, and are compared with diffusers' untouched transformer
-    in this process. Raises InputError for an unknown version.
+    Tiny random models of every LTX version run on the workers: of diffusers, compared with its untouched transformer in
+    this process; or of the ComfyUI at `comfyui`, compared with themselves in one process. Raises InputError for a version
+    that is not known.
     """
     request, _ = options.resolve()
-
-    from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel  # these take seconds to import
-    from rayltx.diffusion_models.lightricks.exactness import cases_for, untouched_forward, worst_error
-    from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
-
-    unknown = sorted(set(versions) - set(TRANSFORMER_CONFIGS))
-    if unknown:
-        raise InputError(f"model={', '.join(unknown)} must be one of {', '.join(TRANSFORMER_CONFIGS)}")
-    versions = versions or list(TRANSFORMER_CONFIGS)
     configs = degrees_up_to(request.workers)
+    title = f"ComfyUI at {comfyui}" if comfyui else "diffusers"
     table = Table(
         box=SIMPLE_HEAD,
-        title="Relative error against diffusers in one process, float32 (ulysses x ring)",
+        title=f"Relative error against {title} in one process, float32 (ulysses x ring)",
         title_justify="left",
     )
     table.add_column("model", no_wrap=True)
@@ -58,29 +56,74 @@ def run_check(options: ClusterOptions, versions: list[str]) -> bool:
 
     worst = 0.0
     progress = Progress(console=Console(stderr=True), transient=True)
-    with Cluster.start(request) as cluster, tempfile.TemporaryDirectory() as folder, progress:
-        task = progress.add_task("checking", total=None)
-        cluster.workers()
-        for version in versions:
-            path = Path(folder) / f"{version}.safetensors"
+    with tempfile.TemporaryDirectory() as folder, progress:
+        task = progress.add_task("starting the workers", total=None)
+
+        def on_config(version: str, number: int) -> None:
+            progress.update(task, description=f"checking {version}", completed=number, total=len(configs))
+
+        if comfyui:
+            found = _comfyui_errors(comfyui, request, Path(folder), versions, configs, on_config)
+        else:
+            found = _diffusers_errors(request, Path(folder), versions, configs, on_config)
+        for version, by_config in found:
+            for case in by_config[0]:
+                row = [errors[case] for errors in by_config]
+                worst = max(worst, *(math.inf if isinstance(error, str) else error for error in row))
+                table.add_row(version, case, *map(_cell, row))
+    Console(width=max(Console().width, 56 + 10 * len(configs))).print(table)
+    exact = worst <= TOLERANCE
+    print(f"largest error {worst:.1e}, allowed {TOLERANCE:.0e}: {'exact' if exact else 'NOT EXACT'}")
+    return exact
+
+
+def _cell(error: float | str) -> str:
+    if isinstance(error, str):
+        return f"[bold red]{error}[/]"
+    return f"{error:.1e}" if error <= TOLERANCE else f"[bold red]{error:.1e}[/]"
+
+
+def _comfyui_errors(
+    root: Path,
+    request: ClusterRequest,
+    folder: Path,
+    versions: list[str],
+    configs: list[ParallelConfig],
+    on_config: Callable[[str, int], None],
+) -> Iterator[tuple[str, list[Errors]]]:
+    from rayltx.cli.comfyui import comfyui_cluster, comfyui_errors
+
+    with comfyui_cluster(root, request) as cluster:
+        yield from comfyui_errors(cluster, folder, versions, configs, on_config)
+
+
+def _diffusers_errors(
+    request: ClusterRequest,
+    folder: Path,
+    versions: list[str],
+    configs: list[ParallelConfig],
+    on_config: Callable[[str, int], None],
+) -> Iterator[tuple[str, list[Errors]]]:
+    from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel  # these take seconds to import
+    from rayltx.diffusion_models.lightricks.exactness import cases_for, untouched_forward, worst_error
+    from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
+
+    unknown = sorted(set(versions) - set(TRANSFORMER_CONFIGS))
+    if unknown:
+        raise InputError(f"model={', '.join(unknown)} must be one of {', '.join(TRANSFORMER_CONFIGS)}")
+    with Cluster.start(request) as cluster:
+        for version in versions or TRANSFORMER_CONFIGS:
+            path = folder / f"{version}.safetensors"
             untouched = save_tiny_checkpoint(path, version)
             checkpoint = open_checkpoint(path)
             model = DiffusersModel.of_checkpoint(checkpoint)
             remote = cluster.load(checkpoint, model)
             cases = cases_for(model)
-            references = [untouched_forward(untouched, model, case.inputs(model)) for case in cases]
-            errors = []  # by config: forming a group costs more than a forward
+            references = {case: untouched_forward(untouched, model, case.inputs(model)) for case in cases}
+            by_config: list[Errors] = []  # forming a group costs more than a forward
             for number, config in enumerate(configs):
-                progress.update(task, description=f"checking {version}", completed=number, total=len(configs))
-                answers = [remote.forward(case.inputs(model), config) for case in cases]
-                errors.append([worst_error(answer, reference) for answer, reference in zip(answers, references)])
+                on_config(version, number)
+                answers = {case: remote.forward(case.inputs(model), config) for case in cases}
+                by_config.append({case.name: worst_error(answers[case], references[case]) for case in cases})
             remote.release()
-            for number, case in enumerate(cases):
-                row = [by_case[number] for by_case in errors]
-                worst = max(worst, *row)
-                cells = [f"{error:.1e}" if error <= TOLERANCE else f"[bold red]{error:.1e}[/]" for error in row]
-                table.add_row(version, case.name, *cells)
-    Console(width=max(Console().width, 42 + 10 * len(configs))).print(table)
-    exact = worst <= TOLERANCE
-    print(f"largest error {worst:.1e}, allowed {TOLERANCE:.0e}: {'exact' if exact else 'NOT EXACT'}")
-    return exact
+            yield version, by_config

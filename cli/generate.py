@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.cli.conditioning import load_conditioning
 from rayltx.cli.outputs import check_outputs, write_output
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, open_checkpoint
+from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
-from rayltx.distributed_worker.cluster import Cluster, RemoteModel
+from rayltx.diffusion_models.lightricks.sampling import initial_noise, parse_sigmas, sample, schedule
+from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -28,6 +31,8 @@ DEMO_CHECKPOINT = ROOT / "demo" / "shapes.safetensors"
 DEMO_PIXELS = "rayltx-dct-8x32x32"  # in the demo checkpoint's config: how its latents become pixels
 DEFAULT_PROMPT = "red-circle-right"
 AUDIO_TOKENS_PER_S = 25.0
+
+OnStep = Callable[[int, dict[str, Tensor]], None]
 
 console = Console(stderr=True)
 
@@ -49,6 +54,7 @@ class GenerateOptions:
     dtype: str
     outputs: list[Path]
     verify: bool
+    comfyui: Path | None
     cluster: ClusterOptions
 
 
@@ -62,40 +68,124 @@ def run_generate(options: GenerateOptions) -> None:
     checkpoint = open_checkpoint(options.checkpoint or DEMO_CHECKPOINT)
     is_demo = checkpoint.config.get("pixel_mapping") == DEMO_PIXELS
     check_outputs(options.outputs, has_pixels=is_demo)
+    positive, negative = _conditioning(options, is_demo)
     request, config = options.cluster.resolve()
+    generate = _in_comfyui if options.comfyui else _embedded
+    latents, sigmas = generate(options, checkpoint, shape, positive, negative, request, config)
+    _write(options, latents, is_demo, sigmas)
 
+
+def _noise(options: GenerateOptions, shape: LatentShape, channels: int, has_audio: bool) -> dict[str, Tensor]:
+    shapes: dict[str, Sequence[int]] = {"video": (1, channels, shape.frames, shape.height, shape.width)}
+    if has_audio:
+        shapes["audio"] = (1, 8, max(1, round(shape.pixel_frames / options.frame_rate * AUDIO_TOKENS_PER_S)), 16)
+    return initial_noise(shapes, options.seed)
+
+
+def _embedded(
+    options: GenerateOptions,
+    checkpoint: Checkpoint,
+    shape: LatentShape,
+    positive: dict[str, Any],
+    negative: dict[str, Any] | None,
+    request: ClusterRequest,
+    config: ParallelConfig,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """On diffusers' model."""
     # Imported here, not above: diffusers takes seconds, and the errors before this line should not.
     from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
-    from rayltx.diffusion_models.lightricks.sampling import initial_noise, parse_sigmas, schedule
 
     model = DiffusersModel.of_checkpoint(checkpoint)
-    dtypes = _conversions(checkpoint, options.dtype)
-    positive, negative = _conditioning(options, model, is_demo)
+    for side in (positive, negative or {}):
+        model.check_context(side.get("context"), side.get("audio_context"))
     sigmas = parse_sigmas(options.sigmas) if options.sigmas else schedule(options.steps, shape.num_tokens)
-    shapes: dict[str, Sequence[int]] = {"video": (1, model.channels, shape.frames, shape.height, shape.width)}
-    if "audio_context" in positive:
-        shapes["audio"] = (1, 8, max(1, round(shape.pixel_frames / options.frame_rate * AUDIO_TOKENS_PER_S)), 16)
-    noise = initial_noise(shapes, options.seed)
-    common = {"frame_rate": options.frame_rate, "feed_forward_chunks": options.chunks}
-    positive, negative = {**positive, **common}, None if negative is None else {**negative, **common}
-
+    noise = _noise(options, shape, model.channels, "audio_context" in positive)
+    common = {"feed_forward_chunks": options.chunks}
+    sides = {**positive, **common}, None if negative is None else {**negative, **common}
     with Cluster.start(request) as cluster:
         with _progress("starting the workers") as (bar, task):
             cluster.workers()
-            bar.update(task, completed=1, total=1)
         with _progress(f"loading {Path(checkpoint.path).name}") as (bar, task):
             remote = cluster.load(
                 checkpoint,
                 model,
-                dtypes=dtypes,
+                dtypes=_conversions(checkpoint, options.dtype),
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        latents, seconds = _sample(remote, config, noise, sigmas, positive, negative, options.cfg)
-        console.print(f"{len(sigmas) - 1} steps of {shape.num_tokens} tokens on {_describe(config)}: {seconds:.1f} s")
-        if options.verify:
-            _verify(remote, config, latents, noise, sigmas, positive, negative, options.cfg)
 
-    _write(options, latents, is_demo, sigmas)
+        def sample_on(config: ParallelConfig, on_step: OnStep) -> dict[str, Tensor]:
+            forward = functools.partial(remote.forward, config=config)
+            return sample(forward, noise, sigmas, *sides, options.cfg, on_step)
+
+        return _sample(sample_on, config, shape, len(sigmas) - 1, options.verify), sigmas
+
+
+def _in_comfyui(
+    options: GenerateOptions,
+    checkpoint: Checkpoint,
+    shape: LatentShape,
+    positive: dict[str, Any],
+    negative: dict[str, Any] | None,
+    request: ClusterRequest,
+    config: ParallelConfig,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """On ComfyUI's model, by its sampler."""
+    from rayltx.cli.comfyui import comfyui_cluster, comfyui_schedule, sample_with_comfyui
+
+    assert options.comfyui is not None
+    weight_dtype = {"file": "default", "bfloat16": "bf16", "float16": "fp16"}.get(options.dtype)
+    if weight_dtype is None:
+        raise InputError(f"dtype={options.dtype} is not one that ComfyUI's loader takes; use file, bfloat16 or float16")
+    with comfyui_cluster(options.comfyui, request) as cluster:
+        from rayltx.comfy_dist.twin import load_twin
+
+        with _progress("starting the workers") as (bar, task):
+            cluster.workers()
+        with _progress(f"loading {Path(checkpoint.path).name}") as (bar, task):
+            twin = load_twin(
+                checkpoint.path,
+                cluster,
+                config,
+                weight_dtype,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        noise = _noise(options, shape, twin.model.diffusion_model.in_channels, "audio_context" in positive)
+        sigmas = parse_sigmas(options.sigmas) if options.sigmas else comfyui_schedule(options.steps, noise["video"])
+        twin.model_options["transformer_options"][CHUNKS_OPTION] = options.chunks
+
+        def sample_on(config: ParallelConfig, on_step: OnStep) -> dict[str, Tensor]:
+            twin.link.config = config
+            return sample_with_comfyui(twin, noise, sigmas, positive, negative, options.cfg, on_step)
+
+        return _sample(sample_on, config, shape, len(sigmas) - 1, options.verify), sigmas
+
+
+def _sample(
+    sample_on: Callable[[ParallelConfig, OnStep], dict[str, Tensor]],
+    config: ParallelConfig,
+    shape: LatentShape,
+    steps: int,
+    verify: bool,
+) -> dict[str, Tensor]:
+    """Sample with progress; and again on one worker, to print the difference."""
+
+    def timed(config: ParallelConfig) -> tuple[dict[str, Tensor], float]:
+        with _progress(f"sampling on {_describe(config)}", total=steps) as (bar, task):
+            started = time.monotonic()
+            latents = sample_on(config, lambda step, latents: bar.update(task, completed=step))
+            return latents, time.monotonic() - started
+
+    latents, seconds = timed(config)
+    console.print(f"{steps} steps of {shape.num_tokens} tokens on {_describe(config)}: {seconds:.1f} s")
+    if verify:
+        alone, seconds = timed(ParallelConfig())
+        console.print(f"the same on 1 worker: {seconds:.1f} s")
+        for name, latent in latents.items():
+            difference = ((latent.double() - alone[name].double()).norm() / alone[name].double().norm()).item()
+            print(
+                f"{name}: {_describe(config)} differ from 1 worker by {difference:.2e} (norm of the difference / norm)"
+            )
+    return latents
 
 
 def _conversions(checkpoint: Checkpoint, dtype: str) -> dict[str, torch.dtype]:
@@ -107,7 +197,7 @@ def _conversions(checkpoint: Checkpoint, dtype: str) -> dict[str, torch.dtype]:
     return {name: wanted for name, info in infos if info.dtype.is_floating_point and info.dtype != wanted}
 
 
-def _conditioning(options: GenerateOptions, model: Any, is_demo: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _conditioning(options: GenerateOptions, is_demo: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if options.prompt is not None and options.conditioning is not None:
         raise InputError("prompt and conditioning are two ways to say the same; give one of them")
     if options.conditioning is not None:
@@ -124,42 +214,12 @@ def _conditioning(options: GenerateOptions, model: Any, is_demo: bool) -> tuple[
             "this checkpoint needs text conditioning from a file (--conditioning): there is no text encoder here; the "
             "prompts are the demo checkpoint's"
         )
-    for side in (positive, negative or {}):
-        model.check_context(side.get("context"), side.get("audio_context"))
     if options.cfg != 1.0 and negative is None:
         raise InputError(
             f"cfg={options.cfg} needs negative conditioning, and {options.conditioning} has none; add it, or use cfg=1"
         )
-    return positive, negative
-
-
-def _sample(
-    remote: RemoteModel,
-    config: ParallelConfig,
-    noise: dict[str, Tensor],
-    sigmas: Tensor,
-    positive: dict[str, Any],
-    negative: dict[str, Any] | None,
-    cfg: float,
-) -> tuple[dict[str, Tensor], float]:
-    """The sampled latents, and how long it took in seconds."""
-    from rayltx.diffusion_models.lightricks.sampling import sample
-
-    with _progress(f"sampling on {_describe(config)}", total=len(sigmas) - 1) as (bar, task):
-        started = time.monotonic()
-        latents = sample(
-            lambda inputs: remote.forward(inputs, config), noise, sigmas, positive, negative, cfg,
-            on_step=lambda step, latents: bar.update(task, completed=step),
-        )  # fmt: skip
-        return latents, time.monotonic() - started
-
-
-def _verify(remote: RemoteModel, config: ParallelConfig, latents: dict[str, Tensor], *arguments: Any) -> None:
-    alone, seconds = _sample(remote, ParallelConfig(), *arguments)
-    console.print(f"the same on 1 worker: {seconds:.1f} s")
-    for name, latent in latents.items():
-        difference = ((latent.double() - alone[name].double()).norm() / alone[name].double().norm()).item()
-        print(f"{name}: {_describe(config)} differ from 1 worker by {difference:.2e} (norm of the difference / norm)")
+    frame_rate = {"frame_rate": options.frame_rate}
+    return {**positive, **frame_rate}, None if negative is None else {**negative, **frame_rate}
 
 
 def _describe(config: ParallelConfig) -> str:

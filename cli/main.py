@@ -7,7 +7,7 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -53,6 +53,10 @@ RingOption = Annotated[
 DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is a GPU.")]
 GpusOption = Annotated[str, typer.Option("--gpus", help='GPU numbers such as "0,2"; empty: the first ones.')]
 AddressOption = Annotated[str, typer.Option(help="local: start Ray here; or the address of a Ray cluster.")]
+ComfyUIOption = Annotated[
+    Optional[Path],  # noqa: UP045  (evaluated on Python 3.10)
+    typer.Option(help="The folder of a ComfyUI: run its own model instead of diffusers'."),
+]
 StoreOption = Annotated[float, typer.Option("--object-store-gb", help="Size of Ray's object store; 0: automatic.")]
 
 
@@ -104,6 +108,7 @@ def generate(
         list[Path] | None,
         typer.Option("--output", "-o", help="File to write: .mp4, .gif, .png, .safetensors. May be repeated."),
     ] = None,
+    comfyui: ComfyUIOption = None,
     verify: Annotated[bool, typer.Option(help="Sample again on one worker, and print the difference.")] = False,
 ) -> None:
     """Generate a clip."""
@@ -113,7 +118,7 @@ def generate(
         GenerateOptions(
             checkpoint=checkpoint, prompt=prompt, conditioning=conditioning, width=width, height=height, frames=frames,
             frame_rate=frame_rate, steps=steps, sigmas=sigmas, cfg=cfg, seed=seed, chunks=chunks, dtype=dtype.value,
-            outputs=output or [Path("output/rayltx.mp4")], verify=verify,
+            outputs=output or [Path("output/rayltx.mp4")], verify=verify, comfyui=comfyui,
             cluster=_cluster_options(workers, ulysses, ring, device, gpus, address, object_store_gb),
         )
     )  # fmt: skip
@@ -140,11 +145,12 @@ def check(
     model: Annotated[
         list[str] | None, typer.Option(help="LTX-Video, LTX-2, LTX-2.3 or LTX-2.5; may be repeated.")
     ] = None,
+    comfyui: ComfyUIOption = None,
 ) -> None:
     """Print the exactness table: every model, rank count and mask against one process, on this machine."""
     from rayltx.cli.check import run_check
 
-    exact = run_check(_cluster_options(workers, 0, 0, device, gpus, "local", 0.0), model or [])
+    exact = run_check(_cluster_options(workers, 0, 0, device, gpus, "local", 0.0), model or [], comfyui)
     if not exact:
         raise typer.Exit(EXIT_FAILURE)
 

@@ -12,10 +12,9 @@ from rayltx.comfy_dist.detection import ComfySpec
 from rayltx.comfy_dist.forwarding import PatchState
 from rayltx.comfy_dist.self_test import errors_by_case, tiny_model
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 from rayltx.distributed_worker.messages import Message, unpack
 from rayltx.sequence_parallel.group import SequenceParallelGroup
-
-CHUNKS_OPTION = "rayltx_feed_forward_chunks"  # in the transformer options: set by the chunking node
 
 
 class ComfyModel:
@@ -144,7 +143,7 @@ class ComfyModel:
             args, kwargs = _to_device((args, kwargs), device)
             return self.diffusion_model.preprocess_text_embeds(*args, **kwargs).cpu()
 
-    def self_test(self, group: SequenceParallelGroup) -> dict[str, float]:
+    def self_test(self, group: SequenceParallelGroup) -> dict[str, float | str]:
         """Errors of the seam on a tiny model of this class and configuration. Collective; rank 0's count."""
         device = self._base.load_device
         with torch.inference_mode():

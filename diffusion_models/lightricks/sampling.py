@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from rayltx.errors import InputError
@@ -29,6 +28,8 @@ def schedule(steps: int, num_tokens: int) -> Tensor:
 
     Source: Lightricks' scheduler, through diffusers' FlowMatchEulerDiscreteScheduler. Raises InputError for no steps.
     """
+    from diffusers import FlowMatchEulerDiscreteScheduler  # takes seconds, and ComfyUI's Python may not have it
+
     if steps < 1:
         raise InputError(f"steps={steps} must be at least 1")
     if steps == 1:

@@ -6,7 +6,6 @@ Their sizes are chosen to be awkward: head counts and widths that few rank count
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
+
+from rayltx.diffusion_models.lightricks.random_weights import randomise
 
 # diffusers' parameter names to the official ones; the way back is diffusers' own conversion.
 _OFFICIAL = {
@@ -76,20 +77,6 @@ def build_reference(version: str, layers: int = 2) -> LTXVideoTransformer3DModel
     ).eval()  # fmt: skip
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Weights under which every part matters: unit gain in matrices, no zeros in gates, biases and tables."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1 and "table" not in name:
-            noise /= math.sqrt(parameter.shape[-1])
-        elif "norm" in name:
-            noise = 1.0 + 0.1 * noise
-        else:
-            noise *= 0.2
-        parameter.data = noise.to(parameter.dtype)
-
-
 def official_name(name: str) -> str:
     """The official name of one of diffusers' parameters, without prefix."""
     for theirs, official in _OFFICIAL.items():
@@ -113,9 +100,9 @@ def save_tiny_checkpoint(
 ) -> LTXVideoTransformer3DModel | LTX2VideoTransformer3DModel:
     """Write a tiny checkpoint; returns the model whose weights it holds."""
     model = build_reference(version, layers)
-    randomise(model, seed)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    randomise(model, seed)
     config = {"transformer": {**TRANSFORMER_CONFIGS[version], "num_layers": layers}}
     save_file(official_tensors(model, prefix), path, metadata={"config": json.dumps(config)})
     return model

@@ -9,7 +9,7 @@ import comfy_scenarios as scenarios
 import pytest
 import torch
 from comfy_checkout import find_comfyui
-from comfy_models import CONFIGS, save_checkpoint
+from comfy_models import CONFIGS, save_tiny_checkpoint
 
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -44,7 +44,7 @@ def models(cluster, tmp_path_factory):
     def get(version):
         if version not in loaded:
             path = folder / f"{version}.safetensors"
-            save_checkpoint(path, version)
+            save_tiny_checkpoint(path, version)
             with torch.inference_mode():
                 whole = comfy.sd.load_diffusion_model(str(path))
             loaded[version] = whole, load_twin(str(path), cluster, ParallelConfig(2, 1)), path
@@ -176,7 +176,7 @@ def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, ve
     from rayltx.comfy_dist.twin import load_twin
 
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, version, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    save_tiny_checkpoint(path, version, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
     if kind.startswith("fp8"):
         quantise(path, scaled=kind == "fp8 scaled")
     weight_dtype = kind.removeprefix("as ") if kind.startswith("as ") else "default"
@@ -224,7 +224,7 @@ def test_the_workers_weights_are_freed_with_the_model(cluster, tmp_path):
     from rayltx.comfy_dist.twin import load_twin
 
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, "LTX-Video")
+    save_tiny_checkpoint(path, "LTX-Video")
     held = cluster.held_bytes()
     twin = load_twin(str(path), cluster, ParallelConfig(2, 1))
     assert cluster.held_bytes() > held
@@ -274,7 +274,7 @@ def test_a_model_whose_cluster_was_ended_starts_it_again(cluster, tmp_path):
     import sys
 
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, "LTX-Video")
+    save_tiny_checkpoint(path, "LTX-Video")
     script = f"""
 import sys; sys.path[:0] = {sys.path!r}
 import torch, comfy_scenarios as scenarios

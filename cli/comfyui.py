@@ -1,0 +1,116 @@
+"""The command line on a real ComfyUI: its own model in the workers, its own sampler here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayltx.comfy_dist.bootstrap import ComfyEnvironment, enter, is_comfyui
+from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.errors import InputError
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+HOST = "rayltx.comfy_dist.worker_model:ComfyModel"
+
+
+@contextmanager
+def comfyui_cluster(root: Path, request: ClusterRequest) -> Iterator[Cluster]:
+    """Become like the ComfyUI at `root`, and start workers that are. Raises InputError if there is none."""
+    if not is_comfyui(root):
+        raise InputError(f"comfyui={root}: there is no ComfyUI in that folder (no comfy/sd.py)")
+    environment = ComfyEnvironment.headless(str(root.resolve()), cpu=request.device == "cpu")
+    bootstrap = ("rayltx.comfy_dist.bootstrap:enter", environment)
+    with Cluster.start(dataclasses.replace(request, host=HOST, bootstrap=bootstrap)) as cluster:
+        try:
+            enter(environment, request.device)
+        except ImportError as error:
+            raise InputError(
+                f"comfyui={root}: cannot be imported by this Python ({error}); run rayltx with ComfyUI's own Python"
+            ) from error
+        yield cluster
+
+
+def comfyui_schedule(steps: int, video: Tensor) -> Tensor:
+    """The sigmas of ComfyUI's LTXVScheduler."""
+    scheduler = importlib.import_module("comfy_extras.nodes_lt").LTXVScheduler
+    out = scheduler.execute(
+        steps=steps, max_shift=2.05, base_shift=0.95, stretch=True, terminal=0.1, latent={"samples": video}
+    )
+    return out.result[0]
+
+
+def sample_with_comfyui(
+    twin: Any,
+    noise: dict[str, Tensor],
+    sigmas: Tensor,
+    positive: dict[str, Any],
+    negative: dict[str, Any] | None,
+    cfg: float,
+    on_step: Callable[[int, dict[str, Tensor]], None],
+) -> dict[str, Tensor]:
+    """As `sampling.sample`, with ComfyUI's Euler sampler on a MODEL."""
+    import comfy.nested_tensor
+    import comfy.sample
+    import comfy.samplers
+
+    names = list(noise)
+    streams = list(noise.values())
+    packed = streams[0] if len(streams) == 1 else comfy.nested_tensor.NestedTensor(streams)
+    latent = torch.zeros_like(streams[0])
+    if len(streams) > 1:
+        latent = comfy.nested_tensor.NestedTensor([torch.zeros_like(stream) for stream in streams])
+    sides = [_conditioning(side) for side in (positive, negative or positive)]
+    with torch.inference_mode():
+        out = comfy.sample.sample_custom(
+            twin, packed, cfg, comfy.samplers.sampler_object("euler"), sigmas, *sides, latent,
+            callback=lambda step, *_: on_step(step + 1, {}), disable_pbar=True, seed=0,
+        )  # fmt: skip
+    return dict(zip(names, out.unbind() if len(streams) > 1 else [out]))
+
+
+def _conditioning(side: dict[str, Any]) -> list[Any]:
+    """ComfyUI's CONDITIONING from the command line's: of LTX-2 and later, both streams' text side by side."""
+    context = side["context"]
+    if "audio_context" in side:
+        context = torch.cat([context, side["audio_context"]], dim=-1)
+    extra = {"frame_rate": side["frame_rate"]}
+    if side.get("context_mask") is not None:
+        extra["attention_mask"] = side["context_mask"]
+    return [[context, extra]]
+
+
+def comfyui_errors(
+    cluster: Cluster,
+    folder: Path,
+    versions: list[str],
+    configs: list[ParallelConfig],
+    on_config: Callable[[str, int], None],
+) -> Iterator[tuple[str, list[dict[str, float | str]]]]:
+    """The self-test's errors by case, one dictionary for each config, for each version of the model."""
+    from rayltx.comfy_dist.detection import detect
+    from rayltx.comfy_dist.tiny_checkpoints import known_versions, save_tiny_checkpoint
+    from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
+
+    known = known_versions()
+    unknown = sorted(set(versions) - set(known))
+    if unknown:
+        raise InputError(f"model={', '.join(unknown)}: this ComfyUI has {', '.join(known)}")
+    for version in versions or known:
+        path = folder / f"{version}.safetensors"
+        save_tiny_checkpoint(path, version)
+        checkpoint = open_checkpoint(path)
+        detected = detect(checkpoint)
+        remote = cluster.load(checkpoint, detected.spec, HOST, detected.dtypes)
+        errors = []
+        for number, config in enumerate(configs):
+            on_config(version, number)
+            errors.append(remote.call_collective("self_test", config, "the self-test")[0])
+        remote.release()
+        yield version, errors
