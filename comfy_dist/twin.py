@@ -174,6 +174,11 @@ class Link:
         """Raises InputError for latents and text of another model, before the workers stumble over them."""
         video = x[0] if isinstance(x, (list, tuple)) else x
         version = self.remote.checkpoint.version
+        if video.ndim == 3:  # ComfyUI packs several streams into one before a model that has one asks for them apart
+            raise InputError(
+                f"the latent holds video and audio, and this {version} model has no audio: give it the video latent alone "
+                "(LTXVSeparateAVLatent), or load an LTX-2 checkpoint"
+            )
         if video.ndim != 5 or video.shape[1] != model.in_channels:
             raise InputError(
                 f"the latent has the shape {tuple(video.shape)}: a {version} model takes (batch, {model.in_channels}, frames, "

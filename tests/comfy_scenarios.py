@@ -172,10 +172,12 @@ def inpainting(model, version, config):
 
 
 def _with_guide(work, strength, attention_mask=None, frame_idx=8, pixel_frames=1):
+    add_guide = node("comfy_extras.nodes_lt", "LTXVAddGuide")
+    extra = {} if attention_mask is None else {"attention_mask": attention_mask}  # ComfyUI 0.20 takes none
     images = work.randn(pixel_frames, 32 * HEIGHT, 32 * WIDTH, 3).sigmoid()
-    work.positive, work.negative, video = node("comfy_extras.nodes_lt", "LTXVAddGuide")(
+    work.positive, work.negative, video = add_guide(
         positive=work.positive, negative=work.negative, vae=LinearVAE(), latent=work.video, image=images,
-        frame_idx=frame_idx, strength=strength, attention_mask=attention_mask,
+        frame_idx=frame_idx, strength=strength, **extra,
     )  # fmt: skip
     return video
 

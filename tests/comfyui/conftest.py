@@ -4,7 +4,10 @@ import importlib
 import sys
 
 import pytest
+import torch
 from comfy_checkout import find_comfyui
+
+from rayltx.sequence_parallel.partition import ParallelConfig
 
 
 def pytest_collection_modifyitems(items):
@@ -28,3 +31,39 @@ def comfy():
         return importlib.import_module("comfy.sd") and sys.modules["comfy"]
     except ImportError as error:
         pytest.skip(f"{path} cannot be imported by {sys.executable}: {error}; run with ComfyUI's own Python")
+
+
+@pytest.fixture(scope="session")
+def cluster(comfy):
+    from rayltx.comfy_dist.bootstrap import ComfyEnvironment
+    from rayltx.comfy_dist.twin import HOST
+    from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+
+    torch.set_num_threads(1)
+    environment = ComfyEnvironment.headless(str(find_comfyui()), cpu=True)
+    request = ClusterRequest(workers=4, host=HOST, bootstrap=("rayltx.comfy_dist.bootstrap:enter", environment))
+    with Cluster.start(request) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def models(cluster, tmp_path_factory):
+    """models(version) -> (MODEL of ComfyUI's loader, MODEL on the workers, path)"""
+    import comfy.sd
+    from comfy_models import save_tiny_checkpoint
+
+    from rayltx.comfy_dist.twin import load_twin
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    loaded = {}
+
+    def get(version):
+        if version not in loaded:
+            path = folder / f"{version}.safetensors"
+            save_tiny_checkpoint(path, version)
+            with torch.inference_mode():
+                whole = comfy.sd.load_diffusion_model(str(path))
+            loaded[version] = whole, load_twin(str(path), cluster, ParallelConfig(2, 1)), path
+        return loaded[version]
+
+    return get

@@ -1,6 +1,7 @@
 """A MODEL on several workers against the same ComfyUI in one process: final latents of whole sampling runs."""
 
 import importlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -16,41 +17,6 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 VERSIONS = list(CONFIGS)
 TOLERANCE = 5e-6  # float32: a run's steps, each some roundings in another order
 DEGREES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
-
-
-@pytest.fixture(scope="module")
-def cluster(comfy):
-    from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-    from rayltx.comfy_dist.twin import HOST
-    from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
-
-    torch.set_num_threads(1)
-    environment = ComfyEnvironment.headless(str(find_comfyui()), cpu=True)
-    request = ClusterRequest(workers=4, host=HOST, bootstrap=("rayltx.comfy_dist.bootstrap:enter", environment))
-    with Cluster.start(request) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def models(cluster, tmp_path_factory):
-    """models(version) -> (MODEL of ComfyUI's loader, MODEL on the workers, path)"""
-    import comfy.sd
-
-    from rayltx.comfy_dist.twin import load_twin
-
-    folder = tmp_path_factory.mktemp("checkpoints")
-    loaded = {}
-
-    def get(version):
-        if version not in loaded:
-            path = folder / f"{version}.safetensors"
-            save_tiny_checkpoint(path, version)
-            with torch.inference_mode():
-                whole = comfy.sd.load_diffusion_model(str(path))
-            loaded[version] = whole, load_twin(str(path), cluster, ParallelConfig(2, 1)), path
-        return loaded[version]
-
-    return get
 
 
 @pytest.fixture
@@ -78,6 +44,10 @@ def _skip_unless_known(scenario):
         scenarios.reference_audio: ("comfy_extras.nodes_lt", "LTXVReferenceAudio"),
         scenarios.context_windows: ("comfy_extras.nodes_context_windows", "LTXVContextWindowsNode"),
     }
+    if scenario is scenarios.guide_with_pixel_mask:
+        add_guide = importlib.import_module("comfy_extras.nodes_lt").LTXVAddGuide
+        if "attention_mask" not in inspect.signature(add_guide.execute).parameters:
+            pytest.skip("this ComfyUI's LTXVAddGuide takes no mask")
     module, name = needed.get(scenario, ("nodes", "KSampler"))
     if not hasattr(importlib.import_module(module), name):
         pytest.skip(f"this ComfyUI has no {name}")
