@@ -80,10 +80,10 @@ def _conditioning(side: dict[str, Any]) -> list[Any]:
     context = side["context"]
     if "audio_context" in side:
         context = torch.cat([context, side["audio_context"]], dim=-1)
-    extra = {"frame_rate": side["frame_rate"]}
-    if side.get("context_mask") is not None:
-        extra["attention_mask"] = side["context_mask"]
-    return [[context, extra]]
+    mask = side.get("context_mask")
+    if mask is None:  # ComfyUI's LTX-Video model does not do without
+        mask = torch.ones(context.shape[:2], dtype=torch.int64)
+    return [[context, {"frame_rate": side["frame_rate"], "attention_mask": mask}]]
 
 
 def comfyui_errors(

@@ -13,6 +13,7 @@ from rayltx.comfy_dist.forwarding import PatchState
 from rayltx.comfy_dist.self_test import errors_by_case, tiny_model
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
+from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.messages import Message, unpack
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
@@ -93,6 +94,7 @@ class ComfyModel:
         with torch.inference_mode():
             self._patcher.clean_hooks()
             self._hooks.clear()
+            give_back_freed_memory()
 
     def set_patches(self, message: Message) -> None:
         """Take the patches of a MODEL. They are applied when the weights are next loaded."""
@@ -114,6 +116,8 @@ class ComfyModel:
         # The estimate is for the whole sequence; a rank holds its share.
         memory = self._patcher.model.memory_required(latent_shape) / world_size
         comfy.model_management.load_models_gpu([self._patcher], memory_required=memory, minimum_memory_required=memory)
+        if self._loaded_for is None:
+            give_back_freed_memory()  # of earlier patches
         self._loaded_for = key
 
     def unload(self) -> None:

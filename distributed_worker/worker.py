@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import hashlib
 import importlib
 import logging
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.messages import Message, bytes_of_tensor, pack, unpack
 from rayltx.distributed_worker.weights import WeightChunk, map_file
@@ -172,7 +172,7 @@ class Worker:
         if close is not None:
             close()
         del model, close
-        gc.collect()  # models refer to themselves in circles, and hold their shared pages until they are found
+        give_back_freed_memory()  # models refer to themselves in circles, and hold their shared pages until they are found
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
