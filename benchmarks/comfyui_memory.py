@@ -52,7 +52,10 @@ def main() -> None:
         _sample(_with_lora(twin, SMALL_WIDTH, 0))
         twin.link.remote.release()
         interpreters = sum(cluster.memory())
-        print(f"file {size / 2**30:.2f} GiB, {arguments.workers} workers, interpreters {interpreters / 2**20:.0f} MiB", flush=True)
+        print(
+            f"file {size / 2**30:.2f} GiB, {arguments.workers} workers, interpreters {interpreters / 2**20:.0f} MiB",
+            flush=True,
+        )
 
         def report(when: str) -> None:
             pss = sum(cluster.memory())
