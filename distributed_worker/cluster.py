@@ -154,6 +154,9 @@ class Cluster:
                 address="local",
                 include_dashboard=False,
                 num_cpus=max(psutil.cpu_count() or 1, self.request.workers),
+                # Ray's own count of memory to give out leaves the store's size out, and refuses to start when little is left.
+                # Nothing here is given out by it.
+                _memory=psutil.virtual_memory().total,
                 num_gpus=0,  # GPUs are given out here, by CUDA_VISIBLE_DEVICES of each worker
                 object_store_memory=self.store_bytes,
                 **quiet,

@@ -1,6 +1,7 @@
 """What the ranks of the tests against ComfyUI run. In a module of its own: the ranks import it by name."""
 
 import contextlib
+from unittest import mock
 
 import torch
 
@@ -82,6 +83,81 @@ def audio_of_every_rank(path, version, degrees):
     model = tiny_model(model_class(version), CONFIGS[version], torch.device("cpu"))
     with torch.inference_mode(), sharded(model, group):
         return call(model, CASES[0], torch.device("cpu"))[1].numpy().tobytes()
+
+
+def layer_traffic(path, layers, latent_shape, audio_tokens, heads=4):
+    """Bytes that this rank receives and collectives that it calls in one forward of an LTX-2 with these many layers.
+
+    Heads are as wide as LTX-2's, and fewer. Attention's arithmetic is left out, not its shapes.
+    """
+    from comfy_models import CONFIGS, model_class, set_up_comfyui
+
+    from traffic import counted
+
+    set_up_comfyui(path)
+    import comfy.ldm.modules.attention as attention
+    import comfy.ops
+
+    from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+
+    config = {
+        **CONFIGS["LTX-2"], "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": 128,
+        "cross_attention_dim": 128 * heads, "audio_num_attention_heads": heads, "audio_attention_head_dim": 64,
+        "audio_cross_attention_dim": 64 * heads,
+    }  # fmt: skip
+    model = model_class("LTX-2")(**config, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    model.requires_grad_(False)
+    video = torch.zeros(1, 128, *latent_shape)
+    audio = torch.zeros(1, 8, audio_tokens, 16)
+    context = torch.zeros(1, 1024, 2 * config["caption_channels"])
+    sigma = torch.ones(1)
+
+    @attention.wrap_attn
+    def hollow(q, k, v, heads, *args, **kwargs):
+        return torch.zeros_like(q)
+
+    group = SequenceParallelGroup.create(ParallelConfig(torch.distributed.get_world_size(), 1))
+    with contextlib.ExitStack() as scope:
+        for name in ("optimized_attention", "optimized_attention_masked"):
+            scope.enter_context(mock.patch.object(attention, name, hollow))
+        scope.enter_context(sharded(model, group))
+        traffic = scope.enter_context(counted())
+        model([video, audio], (sigma, sigma), context=context, attention_mask=None, frame_rate=25.0)
+    return traffic.received_bytes, traffic.collectives
+
+
+def tables_of_the_video(path, version, degrees, case_name):
+    """(this rank's tokens, elements of its rotary tables, elements of its modulation tables), as the blocks get them."""
+    from comfy_models import CONFIGS, model_class, set_up_comfyui
+
+    set_up_comfyui(path)
+    from rayltx.comfy_dist.self_test import CASES, call, tiny_model
+    from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    model = tiny_model(model_class(version), CONFIGS[version], torch.device("cpu"))
+    blocks, seen = model._process_transformer_blocks, []
+
+    def watch(x, context, attention_mask, timestep, pe, **kwargs):
+        if isinstance(x, (list, tuple)):  # of an audio-video model: timestep is [video, audio, cross, ...]
+            x_video, of_blocks, rotary = x[0], [timestep[0], timestep[2][1:3]], pe[0]
+        else:
+            x_video, of_blocks, rotary = x, timestep, pe
+        seen.append((x_video.shape[1], _elements(rotary), _elements(of_blocks)))
+        return blocks(x, context, attention_mask, timestep, pe, **kwargs)
+
+    model._process_transformer_blocks = watch
+    with torch.inference_mode(), sharded(model, group) if group.world_size > 1 else contextlib.nullcontext():
+        call(model, next(case for case in CASES if case.name == case_name), torch.device("cpu"))
+    return seen[0]
+
+
+def _elements(obj):
+    if isinstance(obj, torch.Tensor):
+        return obj.numel()
+    if isinstance(obj, (list, tuple)):
+        return sum(map(_elements, obj))
+    return obj.data.numel() if hasattr(obj, "expand_for_computation") else 0  # ComfyUI's CompressedTimestep
 
 
 def _state(model):

@@ -3,7 +3,7 @@
 import pytest
 from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS
-from comfy_ranks import audio_of_every_rank, seam_errors
+from comfy_ranks import audio_of_every_rank, layer_traffic, seam_errors, tables_of_the_video
 
 DEGREES = [(2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
 
@@ -35,3 +35,34 @@ def test_a_comfyui_that_changed_is_caught_by_name(comfy, ranks, version, sabotag
         check_errors(errors, "ComfyUI 9.9.9, LTX-Video")
     for words in ("ComfyUI 9.9.9", "text to video", "allowed 2e-06", "use one GPU until then"):
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_layer_moves_at_most_1_05_times_the_minimum(comfy, ranks, world_size):
+    """At LTX-2's 121 frames of 1280x704, with 5 s of audio: 14080 video tokens and 126 of audio."""
+    shape, audio_tokens, heads, head_dim = (16, 22, 40), 126, 4, 128
+    one, two = (
+        ranks.run(world_size, layer_traffic, str(find_comfyui()), layers, shape, audio_tokens, heads)
+        for layers in (1, 2)
+    )
+    local = 16 * 22 * 40 / world_size
+    # Query, key, value and output, each float32 and n x D, of which (W - 1) / W comes from elsewhere.
+    minimum = 4 * local * heads * head_dim * 4 * (world_size - 1) / world_size
+    for (first_bytes, first_calls), (second_bytes, second_calls) in zip(one, two):
+        print(f"W={world_size}: {(second_bytes - first_bytes) / minimum:.3f} of the minimum a layer")
+        assert second_bytes - first_bytes <= 1.05 * minimum
+        assert second_calls - first_calls <= 5
+        assert first_calls - (second_calls - first_calls) == 1  # the answer is collected
+
+
+@pytest.mark.parametrize("case", ["text to video", "image to video", "inpainting", "guide with a strength"])
+@pytest.mark.parametrize("version", ["LTX-Video", "LTX-2", "LTX-2.3"])
+def test_no_rank_has_tables_of_full_length(comfy, ranks, version, case):
+    whole_tokens, whole_rotary, whole_modulation = ranks.run(
+        1, tables_of_the_video, str(find_comfyui()), version, (1, 1), case
+    )[0]
+    on_ranks = ranks.run(3, tables_of_the_video, str(find_comfyui()), version, (3, 1), case)
+    assert sum(tokens for tokens, _, _ in on_ranks) == whole_tokens
+    for tokens, rotary, modulation in on_ranks:
+        assert rotary * whole_tokens == whole_rotary * tokens
+        assert modulation < whole_modulation or case == "text to video"  # which has one row

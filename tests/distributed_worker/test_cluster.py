@@ -248,7 +248,9 @@ from rayltx.diffusion_models.lightricks.exactness import CASES
 checkpoint = open_checkpoint({remote.checkpoint.path!r})
 model = DiffusersModel.of_checkpoint(checkpoint)
 environment = dict(os.environ)
-with Cluster.start(ClusterRequest(workers=2)) as cluster:
+# A store as large as the memory that is available, which Ray by itself refuses: it takes memory only as it fills.
+store = min(psutil.virtual_memory().available, psutil.disk_usage("/dev/shm").free)
+with Cluster.start(ClusterRequest(workers=2, object_store_bytes=store)) as cluster:
     assert dict(os.environ).items() >= environment.items()
     pids = [info.pid for info in cluster.workers()]
     answer = cluster.load(checkpoint, model).forward(CASES[1].inputs(model), ParallelConfig(2, 1))
