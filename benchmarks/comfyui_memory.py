@@ -35,7 +35,7 @@ def main() -> None:
     request = ClusterRequest(workers=arguments.workers)
     with comfyui_cluster(arguments.comfyui, request) as cluster, tempfile.TemporaryDirectory() as folder:
         from rayltx.comfy_dist.tiny_checkpoints import save_tiny_checkpoint
-        from rayltx.comfy_dist.twin import load_twin
+        from rayltx.comfy_dist.twin import Placement, load_twin
 
         path = Path(folder) / "model.safetensors"
         layers = -(-int(arguments.gib * 2**30) // (16 * WIDTH**2 * 4))
@@ -48,7 +48,7 @@ def main() -> None:
         small = Path(folder) / "small.safetensors"
         save_tiny_checkpoint(small, "LTX-Video")
         config = ParallelConfig(arguments.workers, 1)
-        twin = load_twin(str(small), cluster, config)
+        twin = load_twin(str(small), Placement(cluster.request, config))
         _sample(_with_lora(twin, SMALL_WIDTH, 0))
         twin.link.remote.release()
         interpreters = sum(cluster.memory())
@@ -61,7 +61,7 @@ def main() -> None:
             pss = sum(cluster.memory())
             print(f"{when:28s} interpreters + {(pss - interpreters) / size:.3f} x the file", flush=True)
 
-        twin = load_twin(str(path), cluster, config)
+        twin = load_twin(str(path), Placement(cluster.request, config))
         digest = twin.link.remote.digest()
         report("loaded, every byte read")
         _sample(twin)

@@ -137,15 +137,14 @@ def _in_comfyui(
     if weight_dtype is None:
         raise InputError(f"dtype={options.dtype} is not one that ComfyUI's loader takes; use file, bfloat16 or float16")
     with comfyui_cluster(options.comfyui, request) as cluster:
-        from rayltx.comfy_dist.twin import load_twin
+        from rayltx.comfy_dist.twin import Placement, load_twin
 
         with _progress("starting the workers") as (bar, task):
             cluster.workers()
         with _progress(f"loading {Path(checkpoint.path).name}") as (bar, task):
             twin = load_twin(
                 checkpoint.path,
-                cluster,
-                config,
+                Placement(cluster.request, config),
                 weight_dtype,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
@@ -154,8 +153,9 @@ def _in_comfyui(
         twin.model_options["transformer_options"][CHUNKS_OPTION] = options.chunks
 
         def sample_on(config: ParallelConfig, on_step: OnStep) -> dict[str, Tensor]:
-            twin.link.config = config
-            return sample_with_comfyui(twin, noise, sigmas, positive, negative, options.cfg, on_step)
+            return sample_with_comfyui(
+                twin.with_config(config), noise, sigmas, positive, negative, options.cfg, on_step
+            )
 
         return _sample(sample_on, config, shape, len(sigmas) - 1, options.verify), sigmas
 

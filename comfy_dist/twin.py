@@ -8,14 +8,19 @@ weights is forwarded.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import gc
 import inspect
 import itertools
 import logging
+import os
 import queue
 import threading
+import time
 import uuid
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -34,26 +39,52 @@ from rayltx.comfy_dist.forwarding import (
     register_unimportable_modules,
     remote_options,
 )
+from rayltx.comfy_dist.marks import LINK
+from rayltx.comfy_dist.verdicts import prove_seam
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
-from rayltx.distributed_worker.cluster import Cluster, RemoteModel
+from rayltx.distributed_worker.cluster import Cluster, ClusterRequest, RemoteModel
 from rayltx.distributed_worker.messages import Message, pack
-from rayltx.errors import InputError, UnsupportedError
+from rayltx.errors import InputError, ParallelConfigError, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 HOST = "rayltx.comfy_dist.worker_model:ComfyModel"
-LINK = "rayltx_link"
+
+_PLACEMENT = "rayltx_placement"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a MODEL runs, and how its ranks share the work. It travels with the MODEL, from node to node.
+
+    It names the workers by what was asked for, so it is never a stale handle: whoever samples gets the cluster that runs,
+    or a new one.
+    """
+
+    request: ClusterRequest
+    config: ParallelConfig
+    free_after_sampling: bool = False  # give the devices' memory back at the end of a run
+
+    def check(self) -> None:
+        """Raises ParallelConfigError if the ranks are more than the workers."""
+        if self.config.world_size > self.request.workers:
+            raise ParallelConfigError(
+                f"ulysses_degree={self.config.ulysses_degree} x ring_degree={self.config.ring_degree} = "
+                f"{self.config.world_size} ranks, but there are {self.request.workers} workers"
+            )
 
 
 class Link:
     """The way from one model of this process to the workers' copies of it."""
 
-    def __init__(self, remote: RemoteModel, config: ParallelConfig, detected: Detected) -> None:
+    def __init__(self, remote: RemoteModel, placement: Placement, detected: Detected) -> None:
         self.remote = remote
-        self.config = config
+        self.placement = placement  # of the MODEL that was last loaded
+        self.spec = detected.spec
         self.base_model = weakref.ref(detected.base_model)
         self.state_dict = detected.state_dict
+        self._proved: Any = None
         self.loaded = False
         self._refer = module_names(detected.base_model.diffusion_model)
         remote.refer = self._refer
@@ -66,15 +97,8 @@ class Link:
     # ---- patches
 
     def sync(self, patcher: Any) -> None:
-        """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name.
-
-        A cluster that was ended in the meantime is started again, with the model on it: ComfyUI keeps MODELs for longer.
-        """
-        if not self.remote.cluster.is_alive():
-            logger.warning("the Ray workers of this MODEL were ended: starting them again")
-            self.remote = self.remote.load_again(Cluster.start(self.remote.cluster.request))
-            self._sent_patches = self._sent_part = None
-            self._sent_hooks.clear()
+        """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name."""
+        self.move(patcher.placement)
         state = PatchState.of(patcher)
         register_unimportable_modules()
         if state.signature() != self._sent_patches:
@@ -88,6 +112,23 @@ class Link:
             self._sent_hooks.clear()
             self._sent_patches = state.signature()
         self.loaded = True
+
+    def move(self, placement: Placement) -> None:
+        """Have the weights where a MODEL wants them, and the seam proved on the ranks that it wants.
+
+        Workers that were ended or exchanged in the meantime get the model again: ComfyUI keeps MODELs for longer.
+        """
+        cluster = Cluster.start(placement.request)
+        if cluster is not self.remote.cluster:
+            logger.warning("the Ray workers of this MODEL are others now: loading it again")
+            self.remote.release_unless_busy()
+            self.remote = self.remote.load_again(cluster)
+            self._sent_patches = self._sent_part = None
+            self._sent_hooks.clear()
+        self.placement = placement
+        if self._proved != (cluster, placement.config):
+            prove_seam(self.remote, placement.config, self.spec, self.base_model())
+            self._proved = (cluster, placement.config)
 
     def begin_run(self) -> None:
         """A sampling run begins: weights are put on the devices anew, if anything took their place."""
@@ -114,7 +155,8 @@ class Link:
         if self._sent_hooks:
             self._sent_hooks.clear()
             self.remote.forget_setups("hooks ")
-            self.remote.call("drop_hooks", what="undoing hooks")
+            if self.remote.cluster.is_alive():
+                self.remote.call("drop_hooks", what="undoing hooks")
 
     # ---- calls
 
@@ -138,7 +180,7 @@ class Link:
             "latent_shape": _latent_shape(x),
         }
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        out = self.remote.forward(inputs, self.config, poll)
+        out = self.remote.forward(inputs, self.placement.config, poll)
         device = (x[0] if isinstance(x, (list, tuple)) else x).device
         return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
 
@@ -197,7 +239,8 @@ class Link:
         """Free the devices; the host's copy stays."""
         if self.loaded:
             self.loaded = False
-            self.remote.call("unload", what="unloading")
+            if self.remote.cluster.is_alive():
+                self.remote.call("unload", what="unloading")
 
     def device_bytes(self, device: torch.device) -> int:
         """What the workers' weights take on a device of this process, when loaded."""
@@ -263,6 +306,21 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
     def link(self) -> Link:
         return getattr(self.model.diffusion_model, LINK)
 
+    @property
+    def placement(self) -> Placement:
+        return self.get_attachment(_PLACEMENT) or self.link.placement
+
+    def placed(self, placement: Placement) -> TwinPatcher:
+        """A clone that runs elsewhere, or otherwise. Raises ParallelConfigError for more ranks than workers."""
+        placement.check()
+        clone = self.clone()
+        clone.set_attachments(_PLACEMENT, placement)
+        return clone
+
+    def with_config(self, config: ParallelConfig) -> TwinPatcher:
+        """A clone whose ranks share the work otherwise."""
+        return self.placed(dataclasses.replace(self.placement, config=config))
+
     def model_size(self) -> int:
         return self.link.device_bytes(self.load_device)
 
@@ -320,6 +378,11 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
         super().pre_run()
         self.link.begin_run()
 
+    def cleanup(self) -> None:
+        super().cleanup()
+        if self.placement.free_after_sampling:
+            self.link.unload()
+
     # ---- hooks: combined here, where their strengths are known, applied there
 
     def patch_hooks(self, hooks: Any) -> None:
@@ -347,7 +410,7 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
         return self.get_key_patches()
 
 
-_released: queue.SimpleQueue[RemoteModel] = queue.SimpleQueue()
+_orphans: queue.Queue[Link] = queue.Queue()
 
 
 @functools.cache
@@ -356,48 +419,65 @@ def _janitor() -> threading.Thread:
 
     def work() -> None:
         while True:
-            _released.get().release_unless_busy()
+            link = _orphans.get()
+            link.remote.release_unless_busy()
+            del link
+            _orphans.task_done()
 
     thread = threading.Thread(target=work, name="rayltx-janitor", daemon=True)
     thread.start()
     return thread
 
 
-def load_twin(
-    path: str, cluster: Cluster, config: ParallelConfig, weight_dtype: str = "default", progress: Any = None
-) -> TwinPatcher:
-    """Load a checkpoint on the workers, and make the MODEL that stands for it.
+def wait_for_releases() -> None:
+    """Return when the workers have been told to forget every model whose MODEL is gone."""
+    gc.collect()
+    _orphans.join()
+
+
+def load_twin(path: str, placement: Placement, weight_dtype: str = "default", progress: Any = None) -> TwinPatcher:
+    """Load a checkpoint on the workers, and make the MODEL that stands for it. Starts them if they do not run.
 
     weight_dtype: as in ComfyUI's UNETLoader. progress: see `Cluster.load`.
     Raises CheckpointError and UnsupportedError before any worker is asked; SelfTestError if this ComfyUI's model would
     give another picture on several ranks.
     """
-    from rayltx.comfy_dist.verdicts import prove_seam
-
+    placement.check()
     with torch.inference_mode():
         checkpoint = open_checkpoint(path)
         detected = detect(checkpoint, weight_dtype)
+        started = time.monotonic()
+        cluster = Cluster.start(placement.request)
         remote = cluster.load(checkpoint, detected.spec, HOST, detected.dtypes, progress)
+        base_model = detected.base_model
+        link = Link(remote, placement, detected)
         try:
-            prove_seam(remote, config, detected)
+            link.move(placement)
         except BaseException:
             remote.release()
             raise
-        base_model = detected.base_model
+        logger.info(
+            "%s, %s: %.2f GiB on %d workers in %.1f s", os.path.basename(path), checkpoint.version,
+            remote.weight_bytes / 2**30, placement.request.workers, time.monotonic() - started,
+        )  # fmt: skip
         diffusion_model = base_model.diffusion_model
         # The modules and the configuration of ComfyUI's class, on no memory; what needs weights goes over the link.
         diffusion_model.__class__ = _remote_class(type(diffusion_model))  # type: ignore[arg-type]
-        object.__setattr__(diffusion_model, LINK, Link(remote, config, detected))
-        _share_memory_estimate(base_model, config)
-        load_device = comfy.model_management.get_torch_device()
-        offload_device = comfy.model_management.unet_offload_device()
-        base_model.device = offload_device
+        object.__setattr__(diffusion_model, LINK, link)
+        _share_memory_estimate(base_model, link)
+        base_model.device = comfy.model_management.unet_offload_device()
         _janitor()
-        weakref.finalize(base_model, _released.put, remote).atexit = False
-        return TwinPatcher(base_model, load_device, offload_device)
+        weakref.finalize(base_model, _orphans.put, link).atexit = False
+        return patcher_of(base_model).placed(placement)
 
 
-def _share_memory_estimate(base_model: Any, config: ParallelConfig) -> None:
+def patcher_of(base_model: Any) -> TwinPatcher:
+    """A MODEL without patches on a twin's model."""
+    load_device = comfy.model_management.get_torch_device()
+    return TwinPatcher(base_model, load_device, comfy.model_management.unet_offload_device())
+
+
+def _share_memory_estimate(base_model: Any, link: Link) -> None:
     """ComfyUI decides by it whether positive and negative go in one batch: a rank holds its share of the tokens."""
     whole = base_model.memory_required
-    base_model.memory_required = lambda *args, **kwargs: whole(*args, **kwargs) / config.world_size
+    base_model.memory_required = lambda *args, **kwargs: whole(*args, **kwargs) / link.placement.config.world_size

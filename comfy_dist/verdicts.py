@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rayltx.about import ROOT, VERSION
-from rayltx.comfy_dist.detection import Detected, config_digest
+from rayltx.comfy_dist.detection import ComfySpec, config_digest
 from rayltx.comfy_dist.self_test import check_errors
 from rayltx.distributed_worker.cluster import RemoteModel
 from rayltx.errors import ClusterError
@@ -22,15 +22,15 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 logger = logging.getLogger(__name__)
 
 
-def prove_seam(remote: RemoteModel, config: ParallelConfig, detected: Detected) -> None:
+def prove_seam(remote: RemoteModel, config: ParallelConfig, spec: ComfySpec, base_model: Any) -> None:
     """Try the seam on the ranks that will use it, unless it has passed there before.
 
     Raises SelfTestError if a tiny model of this class and configuration gives something else on these ranks than alone.
     """
     if config.world_size == 1:
         return
-    about = f"ComfyUI {detected.spec.version}, {detected.spec.model_version}"
-    key = verdict_key(detected, config, remote.cluster.request.device)
+    about = f"ComfyUI {spec.version}, {spec.model_version}"
+    key = verdict_key(spec, base_model, config, remote.cluster.request.device)
     passed = _read()
     if key in passed:
         return
@@ -48,20 +48,18 @@ def prove_seam(remote: RemoteModel, config: ParallelConfig, detected: Detected) 
     _write({**passed, key: {"about": about, "largest_error": worst, "world_size": config.world_size}})
 
 
-def verdict_key(detected: Detected, config: ParallelConfig, device: str) -> str:
+def verdict_key(spec: ComfySpec, base_model: Any, config: ParallelConfig, device: str) -> str:
     """Changes with anything that the verdict could depend on: ComfyUI's code, ours, torch, the model, the degrees."""
-    model_class = next(
-        c for c in type(detected.base_model.diffusion_model).__mro__ if c.__module__.startswith("comfy.")
-    )
+    model_class = next(c for c in type(base_model.diffusion_model).__mro__ if c.__module__.startswith("comfy."))
     folder = Path(sys.modules[model_class.__module__].__file__ or "").parent
     digest = hashlib.sha256()
     sources = [*sorted(folder.glob("*.py")), ROOT / "diffusion_models" / "lightricks" / "comfyui_host.py"]
     for source in [*sources, *sorted((ROOT / "sequence_parallel").glob("*.py"))]:
         digest.update(source.read_bytes())
-    unet_config = {k: v for k, v in detected.base_model.model_config.unet_config.items() if k != "dtype"}
-    rest = (detected.spec.version, VERSION, torch.__version__, device, model_class.__name__, config_digest(unet_config))
+    unet_config = {k: v for k, v in base_model.model_config.unet_config.items() if k != "dtype"}
+    rest = (spec.version, VERSION, torch.__version__, device, model_class.__name__, config_digest(unet_config))
     digest.update(json.dumps([*rest, config.ulysses_degree, config.ring_degree]).encode())
-    return f"{detected.spec.version}-{digest.hexdigest()[:24]}"
+    return f"{spec.version}-{digest.hexdigest()[:24]}"
 
 
 def _path() -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import LTXVideoTransformer3DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayltx.demo.clips import COLOURS, MOTIONS, SHAPES, Scene, render_clip
@@ -90,7 +90,18 @@ def save_official(model: LTXVideoTransformer3DModel, path: Path) -> None:
     save_file(tensors, path, metadata={"config": json.dumps(config), "model_version": "rayltx-demo-1"})
 
 
-def train(output: Path, steps: int, batch_size: int, seed: int) -> None:
+def load_official(model: LTXVideoTransformer3DModel, path: Path) -> None:
+    """The weights of a checkpoint that `save_official` wrote: the inverse of its renaming."""
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        name = name.removeprefix("model.diffusion_model.")
+        for theirs, official in OFFICIAL_NAMES.items():
+            name = name.replace(official, theirs)
+        tensors[name] = tensor
+    model.load_state_dict(tensors)
+
+
+def train(output: Path, steps: int, batch_size: int, seed: int, learning_rate: float, resume: Path | None) -> None:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     started = time.monotonic()
@@ -100,10 +111,12 @@ def train(output: Path, steps: int, batch_size: int, seed: int) -> None:
     context, mask = (torch.cat(parts) for parts in zip(*(scene_context(scene) for scene in SCENES)))
     empty_context, empty_mask = scene_context(None)
     model = build_model()
+    if resume:
+        load_official(model, resume)
     average = copy.deepcopy(model)  # exponential moving average of the weights: less noisy than the last step's
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=0.05)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=learning_rate, total_steps=steps, pct_start=0.05)
     weights = torch.tensor([float(len(latents)) for latents, _ in data])
 
     # What a channel weighs in the picture, tempered: the fine detail should not go unlearnt.
@@ -152,8 +165,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="the peak of the one-cycle schedule")
+    parser.add_argument("--resume", type=Path, help="start from the weights of this checkpoint")
     arguments = parser.parse_args()
-    train(arguments.output, arguments.steps, arguments.batch_size, arguments.seed)
+    train(
+        arguments.output,
+        arguments.steps,
+        arguments.batch_size,
+        arguments.seed,
+        arguments.learning_rate,
+        arguments.resume,
+    )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ class ClusterRequest:
     namespace: str = "default"
     gpu_indices: tuple[int, ...] = ()
     object_store_bytes: int = 0  # 0: automatic
+    map_files: bool = False  # let the workers map the checkpoint itself, without the object store
+    dashboard: str = ""  # host:port of Ray's dashboard; "": none
+    group_address: str = ""  # host:port where the ranks meet; "": a free port
     step_timeout_s: float = 1800.0
     host: str = "rayltx.diffusion_models.lightricks.diffusers_host:DiffusersHost"  # imported ahead of its use
     bootstrap: tuple[str, Any] | None = (
@@ -150,9 +153,12 @@ class Cluster:
             return False
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": self.request.namespace}
         if self.request.address == "local":
+            host, _, port = self.request.dashboard.rpartition(":")
+            dashboard = {"dashboard_host": host, "dashboard_port": int(port)} if host else {}
             ray.init(
                 address="local",
-                include_dashboard=False,
+                include_dashboard=bool(dashboard),
+                **dashboard,
                 num_cpus=max(psutil.cpu_count() or 1, self.request.workers),
                 # Ray's own count of memory to give out leaves the store's size out, and refuses to start when little is left.
                 # Nothing here is given out by it.
@@ -215,7 +221,7 @@ class Cluster:
     def _join(self, config: ParallelConfig) -> None:
         self.workers()
         self._config = None
-        address = self._call([0], "open_store", "forming the group")[0]
+        address = self._call([0], "open_store", "forming the group", self.request.group_address)[0]
         ranks = list(range(config.world_size))
         timeout_s = self.request.step_timeout_s
         self._call_each(ranks, "join", [(rank, config, address, timeout_s) for rank in ranks], "forming the group")
@@ -363,8 +369,8 @@ class RemoteModel:
         cluster._call(ranks, "build", what, self.model_id, self.host, self.spec)
         total = self.weight_bytes
         if not self._chunks and not self._from_file:
-            self._from_file = not self._fits()
-            if self._from_file:
+            self._from_file = cluster.request.map_files or not self._fits()
+            if self._from_file and not cluster.request.map_files:
                 logger.warning(
                     "the object store (%.2f GiB, %.2f GiB in use) cannot hold %.2f GiB of weights: the workers map the "
                     "file itself",

@@ -112,10 +112,13 @@ class Worker:
 
     # ---- the group
 
-    def open_store(self) -> tuple[str, int]:
-        """Rank 0 offers the group a meeting point, on a port that is free. Returns its address."""
-        host = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    def open_store(self, address: str) -> tuple[str, int]:
+        """Rank 0 offers the group a meeting point, at an address (host:port), or on a port that is free. Returns it."""
+        host, _, port = address.rpartition(":")
+        host = host or ray.util.get_node_ip_address()
+        self.leave()
+        self._store = None  # the port of an earlier group is free again
+        self._store = dist.TCPStore(host, int(port or 0), is_master=True, wait_for_workers=False)
         return host, self._store.port
 
     def join(self, rank: int, config: ParallelConfig, address: tuple[str, int], timeout_s: float) -> None:

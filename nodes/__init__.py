@@ -1,0 +1,45 @@
+"""The nodes: schema, and a few lines of glue each. What they do is in `comfy_dist`.
+
+Importing this needs neither Ray nor the workers' packages, so that the nodes appear, and say what is missing.
+"""
+
+from __future__ import annotations
+
+from rayltx.nodes.guiders import RayBasicGuider, RayCFGGuider, RayDualCFGGuider
+from rayltx.nodes.initializers import RayInitializer, RayInitializerAdvanced, RayKill
+from rayltx.nodes.loaders import RayLoraLoader, RayUNETLoader
+from rayltx.nodes.model_patches import (
+    LTXChunkedFeedForward,
+    RayModelSamplingLTXV,
+    TensorParallelAttentionV2,
+    TensorParallelV3Node,
+    TensorParallelV5Node,
+)
+from rayltx.nodes.samplers import (
+    XFuserKSampler,
+    XFuserKSamplerAdvanced,
+    XFuserSamplerCustom,
+    XFuserSamplerCustomAdvanced,
+)
+
+_NODES = {
+    RayInitializer: "Ray Init Actor",
+    RayInitializerAdvanced: "Ray Init Actor (Advanced)",
+    RayUNETLoader: "Load Diffusion Model (Ray)",
+    RayLoraLoader: "Load Lora Model (Ray)",
+    XFuserKSampler: "XFuser KSampler",
+    XFuserKSamplerAdvanced: "XFuser KSampler (Advanced)",
+    XFuserSamplerCustom: "XFuser SamplerCustom",
+    XFuserSamplerCustomAdvanced: "XFuser SamplerCustom Advanced",
+    RayBasicGuider: "Basic Guider (Ray)",
+    RayCFGGuider: "CFG Guider (Ray)",
+    RayDualCFGGuider: "Dual CFG Guider (Ray)",
+    RayModelSamplingLTXV: "ModelSamplingLTXV (Ray)",
+    RayKill: "Kill Ray",
+    LTXChunkedFeedForward: "LTX Chunked Feed-Forward",
+    TensorParallelV3Node: "Tensor Parallel V3 (Safe FFN Chunking)",
+    TensorParallelAttentionV2: "Tensor Parallel V2 + Chunked FFN",
+    TensorParallelV5Node: "Tensor Parallel V5 (Sequence Parallel + Ring Attention)",
+}
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
+NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: name for node, name in _NODES.items()}

@@ -52,7 +52,7 @@ def models(cluster, tmp_path_factory):
     import comfy.sd
     from comfy_models import save_tiny_checkpoint
 
-    from rayltx.comfy_dist.twin import load_twin
+    from rayltx.comfy_dist.twin import Placement, load_twin
 
     folder = tmp_path_factory.mktemp("checkpoints")
     loaded = {}
@@ -63,7 +63,7 @@ def models(cluster, tmp_path_factory):
             save_tiny_checkpoint(path, version)
             with torch.inference_mode():
                 whole = comfy.sd.load_diffusion_model(str(path))
-            loaded[version] = whole, load_twin(str(path), cluster, ParallelConfig(2, 1)), path
+            loaded[version] = whole, load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1))), path
         return loaded[version]
 
     return get

@@ -21,7 +21,7 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 def still_usable(models):
     """After each refusal the same workers sample the same model."""
     _, twin, _ = models("LTX-Video")
-    twin.link.config = ParallelConfig(2, 1)
+    twin = twin.with_config(ParallelConfig(2, 1))
     pids = [info.pid for info in twin.link.remote.cluster.workers()]
     yield
     with torch.inference_mode():
@@ -31,9 +31,9 @@ def still_usable(models):
 
 @pytest.fixture
 def load(cluster):
-    from rayltx.comfy_dist.twin import load_twin
+    from rayltx.comfy_dist.twin import Placement, load_twin
 
-    return lambda path: load_twin(str(path), cluster, ParallelConfig(2, 1))
+    return lambda path: load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)))
 
 
 def test_a_file_without_its_metadata(load, tmp_path):
@@ -143,7 +143,7 @@ from comfy_models import set_up_comfyui
 set_up_comfyui({str(find_comfyui())!r})
 from rayltx.comfy_dist import verdicts
 from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-from rayltx.comfy_dist.twin import HOST, load_twin
+from rayltx.comfy_dist.twin import HOST, Placement, load_twin
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.errors import SelfTestError
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -151,12 +151,12 @@ verdicts._read, verdicts._write = lambda: {{}}, lambda passed: None
 environment = ComfyEnvironment.headless({str(find_comfyui())!r}, cpu=True)
 with Cluster.start(ClusterRequest(workers=2, host=HOST, bootstrap=("comfy_ranks:enter_changed", environment))) as cluster:
     try:
-        load_twin({str(path)!r}, cluster, ParallelConfig(2, 1))
+        load_twin({str(path)!r}, Placement(cluster.request, ParallelConfig(2, 1)))
     except SelfTestError as error:
         assert "text to video" in str(error) and environment.root and "LTX-2" in str(error), error
     else:
         raise SystemExit("not caught")
-    load_twin({str(path)!r}, cluster, ParallelConfig(1, 1))
+    load_twin({str(path)!r}, Placement(cluster.request, ParallelConfig(1, 1)))
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, env=environment)

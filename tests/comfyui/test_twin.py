@@ -25,7 +25,7 @@ def compare(models, degrees=(2, 1)):
 
     def run(scenario, version, degrees=(2, 1), change=lambda model: model):
         whole, twin, _ = models(version)
-        twin.link.config = ParallelConfig(*degrees)
+        twin = twin.with_config(ParallelConfig(*degrees))
         with torch.inference_mode():
             reference = scenarios.tensors_of(scenario(change(whole), version, CONFIGS[version]))
             out = scenarios.tensors_of(scenario(change(twin), version, CONFIGS[version]))
@@ -143,7 +143,7 @@ def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, ve
     import comfy.sd
     from comfy_models import quantise
 
-    from rayltx.comfy_dist.twin import load_twin
+    from rayltx.comfy_dist.twin import Placement, load_twin
 
     path = tmp_path / "model.safetensors"
     save_tiny_checkpoint(path, version, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
@@ -153,7 +153,7 @@ def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, ve
     options = {"as fp8_e4m3fn": {"dtype": torch.float8_e4m3fn}, "as bf16": {"dtype": torch.bfloat16}}.get(kind, {})
     with torch.inference_mode():
         whole = comfy.sd.load_diffusion_model(str(path), model_options=options)
-        twin = load_twin(str(path), cluster, ParallelConfig(2, 1), weight_dtype)
+        twin = load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)), weight_dtype)
         before = twin.link.remote.digest()
         for scenario in (scenarios.euler, scenarios.lora):
             reference, out = (scenarios.tensors_of(scenario(m, version, CONFIGS[version])) for m in (whole, twin))
@@ -191,12 +191,12 @@ def test_the_workers_weights_are_freed_with_the_model(cluster, tmp_path):
     import gc
     import time
 
-    from rayltx.comfy_dist.twin import load_twin
+    from rayltx.comfy_dist.twin import Placement, load_twin
 
     path = tmp_path / "model.safetensors"
     save_tiny_checkpoint(path, "LTX-Video")
     held = cluster.held_bytes()
-    twin = load_twin(str(path), cluster, ParallelConfig(2, 1))
+    twin = load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)))
     assert cluster.held_bytes() > held
     del twin
     gc.collect()
@@ -251,12 +251,12 @@ import torch, comfy_scenarios as scenarios
 from comfy_models import CONFIGS, set_up_comfyui
 set_up_comfyui({str(find_comfyui())!r})
 from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-from rayltx.comfy_dist.twin import HOST, load_twin
+from rayltx.comfy_dist.twin import HOST, Placement, load_twin
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.sequence_parallel.partition import ParallelConfig
 environment = ComfyEnvironment.headless({str(find_comfyui())!r}, cpu=True)
 request = ClusterRequest(workers=1, host=HOST, bootstrap=("rayltx.comfy_dist.bootstrap:enter", environment))
-twin = load_twin({str(path)!r}, Cluster.start(request), ParallelConfig(1, 1))
+twin = load_twin({str(path)!r}, Placement(request, ParallelConfig(1, 1)))
 with torch.inference_mode():
     sample = lambda: scenarios.tensors_of(scenarios.lora(twin, "LTX-Video", CONFIGS["LTX-Video"]))[0]
     before = sample()

@@ -1,0 +1,48 @@
+"""RAY_ACTORS and RAY_GUIDER: what Raylight's nodes hand to each other, on top of a twin."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.utils
+
+from rayltx.comfy_dist.loading import loaded_models
+from rayltx.comfy_dist.lora_files import LoraFile
+from rayltx.comfy_dist.loras import with_loras
+from rayltx.comfy_dist.twin import Placement, TwinPatcher
+
+_PROGRESS_STEPS = 100
+
+
+@dataclass(frozen=True)
+class RayActors:
+    """A model on the workers."""
+
+    model: TwinPatcher
+
+    def with_model(self, model: Any) -> RayActors:
+        return dataclasses.replace(self, model=model)
+
+
+@dataclass(frozen=True)
+class RayGuider:
+    """ComfyUI's GUIDER, and whose model it guides."""
+
+    guider: Any
+    actors: RayActors
+
+
+def load_actors(
+    path: str, placement: Placement, weight_dtype: str = "default", loras: Sequence[LoraFile] = ()
+) -> RayActors:
+    """Load a checkpoint on the workers, with LoRAs. Shows progress, and can be cancelled there."""
+    bar = comfy.utils.ProgressBar(_PROGRESS_STEPS)
+
+    def progress(done: int, total: int) -> None:
+        bar.update_absolute(_PROGRESS_STEPS * done // total, _PROGRESS_STEPS)
+
+    model = loaded_models.get(path, placement, weight_dtype, progress)
+    return RayActors(with_loras(model, loras))

@@ -1,0 +1,48 @@
+"""The attention names of Raylight's graphs, and the kernel of ComfyUI that each means here."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+from rayltx.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+TORCH, FLASH, SAGE = "torch", "flash", "sage"
+_FAMILIES = {
+    "TORCH": TORCH, "TORCH_FLASH": TORCH, "TORCH_EFFICIENT": TORCH, "TORCH_MATH": TORCH, "TORCH_CUDNN": TORCH,
+    "FA": FLASH, "FLASH_ATTN": FLASH, "FA3": FLASH, "FLASH_ATTN_3": FLASH,
+    "SAGE_AUTO_DETECT": SAGE, "SAGE_FP16_TRITON": SAGE, "SAGE_FP16_CUDA": SAGE, "SAGE_FP8_CUDA": SAGE,
+    "SAGE_FP8_SM90": SAGE, "AITER": "aiter", "AITER_ROCM": "aiter",
+}  # fmt: skip
+NAMES = tuple(_FAMILIES)
+_PACKAGES = {FLASH: "flash_attn", SAGE: "sageattention"}
+# ComfyUI's own arguments for its attention kernels: at most one of them is set.
+_ARGUMENTS = {TORCH: "use_pytorch_cross_attention", FLASH: "use_flash_attention", SAGE: "use_sage_attention"}
+_OTHERS = ("use_split_cross_attention", "use_quad_cross_attention")
+
+
+def attention_arguments(name: str) -> dict[str, bool]:
+    """ComfyUI's arguments that choose the kernel in the workers.
+
+    torch chooses among its own kernels by itself. What is not installed, or has no kernel in ComfyUI, falls back to
+    torch's, with a warning. Raises InputError for a name that was never one.
+    """
+    if name not in _FAMILIES:
+        raise InputError(f"XFuser_attention={name!r} must be one of {', '.join(NAMES)}")
+    family = _FAMILIES[name]
+    if family not in _ARGUMENTS:
+        logger.warning("XFuser_attention=%s: ComfyUI has no such kernel; using torch's attention", name)
+        family = TORCH
+    elif family in _PACKAGES and importlib.util.find_spec(_PACKAGES[family]) is None:
+        logger.warning(
+            "XFuser_attention=%s needs the package %s, which is not installed; using torch's attention",
+            name,
+            _PACKAGES[family],
+        )
+        family = TORCH
+    return {
+        **{argument: kernel == family for kernel, argument in _ARGUMENTS.items()},
+        **dict.fromkeys(_OTHERS, False),
+    }

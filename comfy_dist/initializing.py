@@ -1,0 +1,160 @@
+"""What the initializer nodes ask for, made into a request for workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rayltx.comfy_dist.attention_names import attention_arguments
+from rayltx.comfy_dist.bootstrap import ComfyEnvironment
+from rayltx.comfy_dist.twin import HOST, Placement
+from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
+from rayltx.errors import DeviceError, InputError, ParallelConfigError, UnsupportedError
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+_OLD_DIST_ADDRESS = "127.0.0.1:29500"  # a fixed port: two instances on a machine collide on it
+_HOST_PORT = re.compile(r"[\w.\-]+:\d{1,5}")
+
+
+@dataclass(frozen=True)
+class InitializerSettings:
+    """The widgets of RayInitializer and RayInitializerAdvanced, by their names there."""
+
+    ray_cluster_address: str = "local"
+    ray_cluster_namespace: str = "default"
+    GPU: int = 2
+    ulysses_degree: int = 2
+    ring_degree: int = 1
+    cfg_degree: int = 1
+    dp_degree: int = 1
+    sync_ulysses: bool = False
+    clear_vram_after_sampling: bool = False
+    FSDP: bool = False
+    FSDP_CPU_OFFLOAD: bool = False
+    XFuser_attention: str = "TORCH_FLASH"
+    skip_comm_test: bool = False
+    use_mmap: bool = False
+    ray_object_store_gb: float = 0.0
+    gpu_indices: str = ""
+    GPU_SELECT: str = ""
+    ray_dashboard_address: str = "None"
+    torch_dist_address: str = "auto"
+    device: str = "cuda"
+    expected_order: str = ""  # of the node's widgets, for the message when they look shifted
+
+    def placement(self) -> Placement:
+        """Raises UserError by the widget's name, before anything is started."""
+        self._refuse_what_is_not_here()
+        indices = parse_gpu_indices(self._indices())
+        workers = self.GPU or len(indices) or self._default_workers()
+        if indices and self.GPU and len(indices) != self.GPU:
+            raise DeviceError(f"GPU={self.GPU}, but gpu_indices names {len(indices)}: make them agree, or set GPU to 0")
+        if self.device == "cuda" and self.ray_cluster_address == "local":
+            self._check_gpus(workers)
+        try:
+            config = ParallelConfig.for_workers(workers, self.ulysses_degree, self.ring_degree)
+        except ParallelConfigError as error:
+            raise ParallelConfigError(
+                f"GPU={self.GPU}, ulysses_degree={self.ulysses_degree}, ring_degree={self.ring_degree}: {error}"
+            ) from error
+        if self.ray_object_store_gb < 0:
+            raise DeviceError(f"ray_object_store_gb={self.ray_object_store_gb} must not be negative; 0 is automatic")
+        environment = ComfyEnvironment.of_this_process()
+        arguments = {**environment.arguments, **attention_arguments(self.XFuser_attention)}
+        environment = dataclasses.replace(environment, arguments=arguments)
+        request = ClusterRequest(
+            workers=workers,
+            device=self.device,
+            address=self.ray_cluster_address,
+            namespace=self.ray_cluster_namespace,
+            gpu_indices=indices,
+            object_store_bytes=int(self.ray_object_store_gb * 2**30),
+            host=HOST,
+            bootstrap=("rayltx.comfy_dist.bootstrap:enter", environment),
+            map_files=self.use_mmap,
+            dashboard=self._dashboard(),
+            group_address=self._group_address(),
+        )
+        request.gpus()
+        return Placement(request, config, self.clear_vram_after_sampling)
+
+    def _refuse_what_is_not_here(self) -> None:
+        if self.cfg_degree > 1:
+            raise UnsupportedError(
+                f"cfg_degree={self.cfg_degree}: running positive and negative on different GPUs is not implemented; set "
+                "cfg_degree to 1, and give these GPUs to ulysses_degree"
+            )
+        if self.dp_degree > 1:
+            raise UnsupportedError(
+                f"dp_degree={self.dp_degree}: several clips at once are not implemented; set dp_degree to 1, and give these "
+                "GPUs to ulysses_degree"
+            )
+        for name in ("FSDP", "FSDP_CPU_OFFLOAD"):
+            if getattr(self, name):
+                order = f" If the values of this node look shifted, the order is: {self.expected_order}."
+                raise UnsupportedError(
+                    f"{name} is on, and is not implemented: the weights lie in host memory once, and a card that they do not "
+                    f"fit streams them from there; set {name} to false.{order if self.expected_order else ''}"
+                )
+
+    def _indices(self) -> str:
+        """GPU_SELECT and gpu_indices are two names of one thing."""
+        if self.GPU_SELECT.strip() and self.gpu_indices.strip() and self.gpu_indices != self.GPU_SELECT:
+            raise DeviceError(
+                f'GPU_SELECT="{self.GPU_SELECT}" and gpu_indices="{self.gpu_indices}" disagree; leave one empty'
+            )
+        return self.gpu_indices if self.gpu_indices.strip() else self.GPU_SELECT
+
+    def _default_workers(self) -> int:
+        if self.device == "cuda":
+            return max(1, torch.cuda.device_count())
+        return max(1, self.ulysses_degree) * max(1, self.ring_degree)
+
+    def _check_gpus(self, workers: int) -> None:
+        visible = torch.cuda.device_count()
+        if visible == 0:
+            raise DeviceError(
+                f"GPU={self.GPU}: ComfyUI sees no CUDA device here. Check the driver, torch and CUDA_VISIBLE_DEVICES, or set "
+                'the input "device" to cpu'
+            )
+        if workers > visible:
+            raise DeviceError(
+                f"GPU={workers}, but {visible} are visible to ComfyUI; set GPU to {visible} or fewer, or to 0"
+            )
+
+    def _dashboard(self) -> str:
+        address = self.ray_dashboard_address.strip()
+        if address.lower() in ("", "none"):
+            return ""
+        return _checked_address("ray_dashboard_address", address, "None")
+
+    def _group_address(self) -> str:
+        address = self.torch_dist_address.strip()
+        if address in ("", "auto", _OLD_DIST_ADDRESS):
+            return ""
+        return _checked_address("torch_dist_address", address, "auto")
+
+
+def _checked_address(name: str, address: str, otherwise: str) -> str:
+    if not _HOST_PORT.fullmatch(address):
+        raise InputError(f'{name}="{address}" must be host:port, or {otherwise}')
+    return address
+
+
+def start_workers(**widgets: Any) -> Placement:
+    """Start workers that serve these settings, or keep those that do. Returns at once, while they come up."""
+    placement = InitializerSettings(**widgets).placement()
+    Cluster.start(placement.request)
+    return placement
+
+
+def stop_workers() -> None:
+    """End the workers, and Ray if it was started here. A MODEL that is used later starts them again."""
+    cluster = Cluster.current()
+    if cluster is not None:
+        cluster.shutdown()

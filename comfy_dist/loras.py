@@ -1,0 +1,58 @@
+"""LoRA files on a MODEL, with ComfyUI's own readers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+
+from rayltx.comfy_dist.lora_files import LoraFile
+from rayltx.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def with_loras(model: Any, loras: Sequence[LoraFile]) -> Any:
+    """A clone of the MODEL with LoRAs on it, in their order. Raises InputError for a file of which nothing fits."""
+    for lora in loras:
+        if lora.strength != 0:
+            model = _with_lora(model, lora)
+    return model
+
+
+def _with_lora(model: Any, lora: LoraFile) -> Any:
+    name = Path(lora.path).name
+    tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(lora.path, safe_load=True))
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
+    clone = model.clone()
+    applied = set(clone.add_patches(patches, lora.strength))
+    fitting = {str(key if isinstance(key, str) else key[0]) for key in applied}
+    if not fitting:
+        shown = ", ".join(sorted(tensors)[:3])
+        raise InputError(
+            f"{name}: none of its {len(tensors)} tensors ({shown}, ...) fits this model; it is a LoRA for another one"
+        )
+    left = _unmatched(tensors, {name for name, target in key_map.items() if _name(target) in fitting})
+    if left:
+        logger.warning("%s: %d of %d tensors fit no layer: %s", name, len(left), len(tensors), ", ".join(left[:8]))
+    return clone
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else str(target[0])
+
+
+def _unmatched(tensors: dict[str, Any], known: set[str]) -> list[str]:
+    """The tensors that belong to no layer of the model: their names begin with none of the layers'."""
+
+    def belongs(key: str) -> bool:
+        parts = key.split(".")
+        return any(".".join(parts[:length]) in known for length in range(1, len(parts)))
+
+    return sorted(key for key in tensors if not belongs(key))

@@ -1,0 +1,244 @@
+"""Workers: asked for, and ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayltx.nodes.inputs import CATEGORY, Definition, Schema
+from rayltx.nodes.requirements_check import require_packages
+
+MAX_WORKERS = 64  # a fixed number: what this machine has is looked at when the node runs
+
+_ADDRESS: Definition = (
+    "STRING",
+    {
+        "default": "local",
+        "tooltip": '"local" runs the workers on this machine. Otherwise the address of a Ray cluster.',
+    },
+)
+_NAMESPACE: Definition = ("STRING", {"default": "default", "tooltip": "Ray's namespace for the workers."})
+_GPU: Definition = (
+    "INT",
+    {
+        "default": 2, "min": 0, "max": MAX_WORKERS,
+        "tooltip": "How many GPUs work on one video, a worker on each. 0: all that ComfyUI sees.",
+    },
+)  # fmt: skip
+_GPU_INDICES: Definition = (
+    "STRING",
+    {
+        "default": "",
+        "tooltip": 'Which GPUs: numbers separated by commas, such as "1,2" to leave GPU 0 to the text encoder and the VAE. '
+        "They count within CUDA_VISIBLE_DEVICES. Empty: the first ones.",
+    },
+)
+_ULYSSES: Definition = (
+    "INT",
+    {
+        "default": 2, "min": 0, "max": MAX_WORKERS,
+        "tooltip": "Workers that trade tokens for attention heads. ulysses_degree x ring_degree is the number of GPUs. "
+        "0: what ring_degree leaves.",
+    },
+)  # fmt: skip
+_RING: Definition = (
+    "INT",
+    {
+        "default": 1, "min": 0, "max": MAX_WORKERS,
+        "tooltip": "Workers that pass keys and values around. Moves more bytes than Ulysses; leave it at 1, unless there are "
+        "more GPUs than attention heads. 0: what ulysses_degree leaves.",
+    },
+)  # fmt: skip
+_CFG: Definition = ("INT", {"default": 1, "min": 0, "max": 2, "tooltip": "Must be 1: all GPUs share every step."})
+_DP: Definition = (
+    "INT",
+    {"default": 1, "min": 0, "max": MAX_WORKERS, "tooltip": "Must be 0 or 1: one video at a time."},
+)
+_SYNC: Definition = (
+    "BOOLEAN",
+    {"default": False, "tooltip": "Kept for graphs made with Raylight. The exchange always waits for what it needs."},
+)
+_CLEAR: Definition = (
+    "BOOLEAN",
+    {
+        "default": False,
+        "tooltip": "Free the GPUs after each sampling. The weights stay in host memory, and return in seconds.",
+    },
+)
+_FSDP: Definition = (
+    "BOOLEAN",
+    {
+        "default": False,
+        "tooltip": "Must be off: the weights lie in host memory once, and stream from there where needed.",
+    },
+)
+_OFFLOAD: Definition = ("BOOLEAN", {"default": False, "tooltip": "Must be off, as FSDP."})
+_SKIP_TEST: Definition = (
+    "BOOLEAN",
+    {"default": False, "tooltip": "Kept for graphs made with Raylight. The self-test runs once, and is remembered."},
+)
+_MMAP: Definition = (
+    "BOOLEAN",
+    {
+        "default": False,
+        "tooltip": "Let the workers map the file itself, in place of a copy in shared memory. Happens by itself where "
+        "shared memory is too small.",
+    },
+)
+_STORE: Definition = (
+    "FLOAT",
+    {
+        "default": 0.0, "min": 0.0, "max": 4096.0, "step": 0.5,
+        "tooltip": "Shared memory for the weights, in GiB. 0: chosen by what the machine has.",
+    },
+)  # fmt: skip
+_DASHBOARD: Definition = ("STRING", {"default": "None", "tooltip": "host:port for Ray's dashboard, or None."})
+_DIST: Definition = (
+    "STRING",
+    {"default": "auto", "tooltip": "host:port at which the workers meet. auto: a free port, so that nothing collides."},
+)
+_DEVICE: Definition = (
+    ["cuda", "cpu"],
+    {"default": "cuda", "tooltip": "cpu runs the workers without a GPU: slow, and exact, to try things out."},
+)
+
+
+def _attention() -> Definition:
+    from rayltx.comfy_dist.attention_names import NAMES
+
+    return list(NAMES), {
+        "default": "TORCH_FLASH",
+        "tooltip": "The attention kernel of the workers. The TORCH names let torch choose among its own; FLASH and SAGE need "
+        "their packages, and fall back to torch's with a warning.",
+    }
+
+
+class RayInitializer:
+    """Starts the workers."""
+
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("RAY_ACTORS_INIT",)
+    RETURN_NAMES = ("ray_actors_init",)
+    OUTPUT_TOOLTIPS = ("The workers, for a Ray loader.",)
+    FUNCTION = "spawn_actor"
+    DESCRIPTION = (
+        "Starts a worker on each GPU, or keeps those that run with the same settings. They come up in the background while "
+        "the rest of the graph runs."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:  # noqa: N802
+        # The order is that of Raylight's files, which store values by position. Required is what all of them have.
+        return {
+            "required": {
+                "ray_cluster_address": _ADDRESS,
+                "ray_cluster_namespace": _NAMESPACE,
+                "GPU": _GPU,
+                "ulysses_degree": _ULYSSES,
+                "ring_degree": _RING,
+                "cfg_degree": _CFG,
+            },
+            "optional": {
+                "dp_degree": _DP,
+                "sync_ulysses": _SYNC,
+                "clear_vram_after_sampling": _CLEAR,
+                "FSDP": _FSDP,
+                "FSDP_CPU_OFFLOAD": _OFFLOAD,
+                "XFuser_attention": _attention(),
+                "skip_comm_test": _SKIP_TEST,
+                "use_mmap": _MMAP,
+                "ray_object_store_gb": _STORE,
+                "gpu_indices": _GPU_INDICES,
+                "device": _DEVICE,
+            },
+        }
+
+    @classmethod
+    def _order(cls) -> str:
+        groups = cls.INPUT_TYPES()
+        return ", ".join([*groups["required"], *groups["optional"]])
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, XFuser_attention: Any = "TORCH_FLASH", device: Any = "cuda") -> bool | str:  # noqa: N802, N803
+        """A value in another's place, from a file of another version, is told from a wrong one."""
+        for name, value, allowed in (
+            ("XFuser_attention", XFuser_attention, _attention()[0]),
+            ("device", device, _DEVICE[0]),
+        ):
+            if value not in allowed:
+                return (
+                    f"{name}={value!r} must be one of {', '.join(allowed)}. If the values of this node are shifted, as they "
+                    f"are in files of another version, put them into this order: {cls._order()}"
+                )
+        return True
+
+    def spawn_actor(self, **widgets: Any) -> tuple[Any]:
+        require_packages()
+        from rayltx.comfy_dist.initializing import start_workers
+
+        return (start_workers(**widgets, expected_order=self._order()),)
+
+
+class RayInitializerAdvanced(RayInitializer):
+    """The same with every setting."""
+
+    DESCRIPTION = RayInitializer.DESCRIPTION + " With every setting."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:  # noqa: N802
+        return {
+            "required": {
+                "ray_cluster_address": _ADDRESS,
+                "ray_cluster_namespace": _NAMESPACE,
+                "GPU": _GPU,
+            },
+            "optional": {
+                "GPU_SELECT": _GPU_INDICES,
+                "ulysses_degree": _ULYSSES,
+                "ring_degree": _RING,
+                "clear_vram_after_sampling": _CLEAR,
+                "cfg_degree": _CFG,
+                "dp_degree": _DP,
+                "sync_ulysses": _SYNC,
+                "FSDP": _FSDP,
+                "FSDP_CPU_OFFLOAD": _OFFLOAD,
+                "XFuser_attention": _attention(),
+                "skip_comm_test": _SKIP_TEST,
+                "use_mmap": _MMAP,
+                "ray_object_store_gb": _STORE,
+                "ray_dashboard_address": _DASHBOARD,
+                "torch_dist_address": _DIST,
+                "gpu_indices": _GPU_INDICES,
+                "device": _DEVICE,
+            },
+        }
+
+
+class RayKill:
+    """Ends the workers."""
+
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ()
+    FUNCTION = "kill_ray"
+    OUTPUT_NODE = True
+    DESCRIPTION = "Ends the workers and frees their memory. A Ray model that is used later starts them again."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:  # noqa: N802
+        return {
+            "required": {
+                "ray_actors": (
+                    "RAY_ACTORS",
+                    {"tooltip": "The workers to end. Connect what should have finished before."},
+                ),
+                "kill_mode": (
+                    ["Kill Workers Only", "Kill Entire Cluster"],
+                    {"tooltip": "Kept for graphs made with Raylight. Ray itself ends too, where ComfyUI started it."},
+                ),
+            }
+        }
+
+    def kill_ray(self, ray_actors: Any, kill_mode: str) -> tuple[()]:
+        from rayltx.comfy_dist.initializing import stop_workers
+
+        stop_workers()
+        return ()

@@ -1,0 +1,104 @@
+"""Checkpoints and LoRAs onto the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayltx.nodes.inputs import CATEGORY, Schema
+from rayltx.nodes.requirements_check import require_packages
+
+_UNET_FOLDERS = ("diffusion_models", "checkpoints")
+_INIT = ("RAY_ACTORS_INIT", {"tooltip": "The workers, from Ray Init Actor."})
+_LORA = (
+    "RAY_LORA",
+    {"tooltip": "LoRAs from Load Lora Model (Ray). ComfyUI's own LoRA nodes work on the MODEL as well."},
+)
+_ACTOR_NAMES = ("ray_actors", "model")
+_ACTOR_TOOLTIPS = ("For the XFuser samplers and Ray nodes.", "For every node of ComfyUI that takes a MODEL.")
+
+
+def _names(folders: tuple[str, ...], endings: tuple[str, ...] = ()) -> list[str]:
+    import folder_paths
+
+    found = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
+    return [name for name in dict.fromkeys(found) if not endings or name.lower().endswith(endings)]
+
+
+def _path(name: str, folders: tuple[str, ...]) -> str:
+    import folder_paths
+
+    for folder in folders[:-1]:
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return path
+    return folder_paths.get_full_path_or_raise(folders[-1], name)
+
+
+class RayUNETLoader:
+    """A checkpoint onto the workers."""
+
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("RAY_ACTORS", "MODEL")
+    RETURN_NAMES = _ACTOR_NAMES
+    OUTPUT_TOOLTIPS = _ACTOR_TOOLTIPS
+    FUNCTION = "load_ray_unet"
+    DESCRIPTION = (
+        "Loads an LTX model once, for all workers. The MODEL works with every standard node: samplers, schedulers, guiders, "
+        "LoRA loaders and model patches."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:  # noqa: N802
+        return {
+            "required": {
+                "unet_name": (
+                    _names(_UNET_FOLDERS),
+                    {"tooltip": "An LTX model, from models/diffusion_models or models/checkpoints."},
+                ),
+                "weight_dtype": (
+                    ["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16"],
+                    {
+                        "default": "default",
+                        "tooltip": "The dtype of the weights in memory. default: as ComfyUI chooses.",
+                    },
+                ),
+                "ray_actors_init": _INIT,
+            },
+            "optional": {"lora": _LORA},
+        }
+
+    def load_ray_unet(self, unet_name: str, weight_dtype: str, ray_actors_init: Any, lora: Any = ()) -> tuple[Any, Any]:
+        require_packages()
+        from rayltx.comfy_dist.actors import load_actors
+
+        actors = load_actors(_path(unet_name, _UNET_FOLDERS), ray_actors_init, weight_dtype, lora)
+        return actors, actors.model
+
+
+class RayLoraLoader:
+    """A LoRA, for a Ray loader."""
+
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("RAY_LORA",)
+    RETURN_NAMES = ("ray_lora",)
+    OUTPUT_TOOLTIPS = ("For a Ray loader, or another Load Lora Model (Ray).",)
+    FUNCTION = "load_lora"
+    DESCRIPTION = "Names a LoRA for a Ray loader. Changing it does not load the model again."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:  # noqa: N802
+        return {
+            "required": {
+                "lora_name": (_names(("loras",)), {"tooltip": "A LoRA, from models/loras."}),
+                "strength_model": (
+                    "FLOAT",
+                    {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01, "tooltip": "How strongly it counts."},
+                ),
+            },
+            "optional": {"prev_ray_lora": ("RAY_LORA", {"tooltip": "LoRAs that come before this one."})},
+        }
+
+    def load_lora(self, lora_name: str, strength_model: float, prev_ray_lora: Any = ()) -> tuple[Any]:
+        from rayltx.comfy_dist.lora_files import LoraFile
+
+        return ((*prev_ray_lora, LoraFile(_path(lora_name, ("loras",)), strength_model)),)
