@@ -4,6 +4,7 @@ ComfyUI imports this folder under a name made of its path, which no worker could
 their one name, `rayltx`, from a folder that holds nothing else and goes to the end of the search path.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +22,12 @@ if about.ROOT != _ROOT:
 
 from rayltx.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: E402
 
-WEB_DIRECTORY = "./web"
-
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
+
+WEB_DIRECTORY: str | None = "./web"
+_FOLDER = Path(__file__).parent.name
+if not re.fullmatch(r"[\w.()+-]+", _FOLDER, re.ASCII) and "nodes" in sys.modules:
+    # ComfyUI serves this folder under its own name, and not at all where that has a space or the like: the web server
+    # compares the name as it is escaped in addresses with the one that it was told. So the scripts get a plain name.
+    sys.modules["nodes"].EXTENSION_WEB_DIRS["rayltx"] = str(_ROOT / "web")
+    WEB_DIRECTORY = None

@@ -19,12 +19,13 @@ from rayltx.about import ROOT
 from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.cli.conditioning import load_conditioning
 from rayltx.cli.outputs import check_outputs, write_output
-from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, open_checkpoint
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.sampling import initial_noise, parse_sigmas, sample, schedule
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.errors import InputError
+from rayltx.expansion.comfyui_gguf.checkpoint import GGUFCheckpoint, open_model_file
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 DEMO_CHECKPOINT = ROOT / "demo" / "shapes.safetensors"
@@ -65,7 +66,7 @@ def run_generate(options: GenerateOptions) -> None:
         raise InputError(f"frame-rate={options.frame_rate} must be positive")
     if options.chunks < 0:
         raise InputError(f"chunks={options.chunks} must be 0 (automatic) or more")
-    checkpoint = open_checkpoint(options.checkpoint or DEMO_CHECKPOINT)
+    checkpoint = open_model_file(options.checkpoint or DEMO_CHECKPOINT)
     is_demo = checkpoint.config.get("pixel_mapping") == DEMO_PIXELS
     check_outputs(options.outputs, has_pixels=is_demo)
     positive, negative = _conditioning(options, is_demo)
@@ -96,6 +97,18 @@ def _embedded(
     from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 
     model = DiffusersModel.of_checkpoint(checkpoint)
+    spec: Any = model
+    host, dtypes = "", _conversions(checkpoint, options.dtype)
+    if isinstance(checkpoint, GGUFCheckpoint):
+        from rayltx.expansion.comfyui_gguf.diffusers_host import HOST, QuantisedModel
+
+        # Blocks have no dtype to compute in.
+        default = "bfloat16" if request.device == "cuda" else "float32"
+        spec = QuantisedModel.of_checkpoint(
+            checkpoint, getattr(torch, default if options.dtype == "file" else options.dtype)
+        )
+        host, dtypes = HOST, spec.dtypes
+    checkpoint.check_values()
     for side in (positive, negative or {}):
         model.check_context(side.get("context"), side.get("audio_context"))
     sigmas = parse_sigmas(options.sigmas) if options.sigmas else schedule(options.steps, shape.num_tokens)
@@ -108,8 +121,9 @@ def _embedded(
         with _progress(f"loading {Path(checkpoint.path).name}") as (bar, task):
             remote = cluster.load(
                 checkpoint,
-                model,
-                dtypes=_conversions(checkpoint, options.dtype),
+                spec,
+                host,
+                dtypes,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
 
@@ -137,7 +151,7 @@ def _in_comfyui(
     if weight_dtype is None:
         raise InputError(f"dtype={options.dtype} is not one that ComfyUI's loader takes; use file, bfloat16 or float16")
     with comfyui_cluster(options.comfyui, request) as cluster:
-        from rayltx.comfy_dist.twin import Placement, load_twin
+        from rayltx.comfy_dist.twin import LoadOptions, Placement, load_twin
 
         with _progress("starting the workers") as (bar, task):
             cluster.workers()
@@ -145,7 +159,7 @@ def _in_comfyui(
             twin = load_twin(
                 checkpoint.path,
                 Placement(cluster.request, config),
-                weight_dtype,
+                LoadOptions(weight_dtype),
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         noise = _noise(options, shape, twin.model.diffusion_model.in_channels, "audio_context" in positive)

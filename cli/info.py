@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, open_checkpoint
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC_INNER_BYTES
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
 from rayltx.sequence_parallel.partition import ParallelConfig, Partition
 
 if TYPE_CHECKING:
@@ -26,14 +28,14 @@ _LIVE_TENSORS = 9
 def run_info(file: Path, width: int, height: int, frames: int) -> None:
     """Print. Raises CheckpointError for a file that is not a whole LTX checkpoint, InputError for sizes."""
     shape = LatentShape.from_pixels(width, height, frames)
-    checkpoint = open_checkpoint(file)
+    checkpoint = open_model_file(file)
 
     from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel  # takes seconds to import
 
     model = DiffusersModel.of_checkpoint(checkpoint)
     dtypes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
-        dtypes[str(info.dtype).removeprefix("torch.")] += info.num_elements
+        dtypes[info.type_name] += math.prod(info.values_shape)
     parameters = sum(dtypes.values())
 
     console = Console(width=max(Console().width, 100))

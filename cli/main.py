@@ -155,6 +155,24 @@ def check(
         raise typer.Exit(EXIT_FAILURE)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .safetensors or .gguf file.")],
+    target: Annotated[Path, typer.Argument(help="The file to write: .gguf or .safetensors.")],
+    type: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="Q8_0, Q4_0, F16, ... for .gguf; float32, float16, bfloat16 for .safetensors. Without: unrounded.",
+        ),
+    ] = None,
+) -> None:
+    """Convert between safetensors and GGUF, with all metadata."""
+    from rayltx.cli.convert import run_convert
+
+    run_convert(source, target, type)
+
+
 def _cluster_options(
     workers: int, ulysses: int, ring: int, device: Device, gpus: str, address: str, object_store_gb: float
 ) -> ClusterOptions:

@@ -12,7 +12,7 @@ import comfy.utils
 from rayltx.comfy_dist.loading import loaded_models
 from rayltx.comfy_dist.lora_files import LoraFile
 from rayltx.comfy_dist.loras import with_loras
-from rayltx.comfy_dist.twin import Placement, TwinPatcher
+from rayltx.comfy_dist.twin import LoadOptions, Placement, TwinPatcher
 
 _PROGRESS_STEPS = 100
 
@@ -36,13 +36,17 @@ class RayGuider:
 
 
 def load_actors(
-    path: str, placement: Placement, weight_dtype: str = "default", loras: Sequence[LoraFile] = ()
+    path: str, placement: Placement, loras: Sequence[LoraFile] = (), max_vram_gb: float = 0.0, **options: str
 ) -> RayActors:
-    """Load a checkpoint on the workers, with LoRAs. Shows progress, and can be cancelled there."""
+    """Load a checkpoint on the workers, with LoRAs. Shows progress, and can be cancelled there.
+
+    max_vram_gb: GiB of weights on a device at most; 0: as many as fit. options: the fields of `LoadOptions`.
+    """
+    placement = dataclasses.replace(placement, weight_budget=int(max_vram_gb * 2**30))
     bar = comfy.utils.ProgressBar(_PROGRESS_STEPS)
 
     def progress(done: int, total: int) -> None:
         bar.update_absolute(_PROGRESS_STEPS * done // total, _PROGRESS_STEPS)
 
-    model = loaded_models.get(path, placement, weight_dtype, progress)
+    model = loaded_models.get(path, placement, LoadOptions(**options), progress)
     return RayActors(with_loras(model, loras))

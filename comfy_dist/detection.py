@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from rayltx.comfy_dist.bootstrap import comfyui_version
+from rayltx.comfy_dist.gguf_spec import GGUFSpec, keeps_blocks
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.errors import CheckpointError, UnsupportedError
+from rayltx.expansion.comfyui_gguf.checkpoint import quantised_formats
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class ComfySpec:
     unet_dtype: torch.dtype
     manual_cast_dtype: torch.dtype | None
     fp8_optimizations: bool = False
+    gguf: GGUFSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class Detected:
     dtypes: Mapping[str, torch.dtype]  # of tensors that are converted when they are read
 
 
-def detect(checkpoint: Checkpoint, weight_dtype: str = "default") -> Detected:
+def detect(
+    checkpoint: Checkpoint, weight_dtype: str = "default", dequant_dtype: str = "default", patch_dtype: str = "default"
+) -> Detected:
     """Let ComfyUI detect a checkpoint, without its weights.
 
-    weight_dtype: as in ComfyUI's UNETLoader, and bf16 or fp16.
+    weight_dtype: as in ComfyUI's UNETLoader, and bf16 or fp16. dequant_dtype, patch_dtype: of a GGUF file, as in `GGUFSpec`.
     Raises UnsupportedError for a ComfyUI that is too old or does not know the model, CheckpointError for a file whose
     metadata and tensors disagree.
     """
@@ -62,7 +67,10 @@ def detect(checkpoint: Checkpoint, weight_dtype: str = "default") -> Detected:
     if weight_dtype not in WEIGHT_DTYPES:
         raise UnsupportedError(f"weight_dtype={weight_dtype!r} must be one of {', '.join(WEIGHT_DTYPES)}")
     file_tensors = _header(checkpoint)
-    tensors, metadata = comfy.utils.convert_old_quants(dict(file_tensors), "", metadata=dict(checkpoint.metadata))
+    tensors, metadata = dict(file_tensors), dict(checkpoint.metadata)
+    gguf = GGUFSpec.of(checkpoint, dequant_dtype, patch_dtype)
+    if gguf is None:
+        tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
     config = comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata)
     if config is None or config.unet_config.get("image_model") not in ("ltxv", "ltxav"):
         found = None if config is None else type(config).__name__
@@ -90,6 +98,7 @@ def detect(checkpoint: Checkpoint, weight_dtype: str = "default") -> Detected:
         unet_dtype,
         manual_cast_dtype,
         fp8_optimizations=weight_dtype == "fp8_e4m3fn_fast",
+        gguf=gguf,
     )
     base_model = build_base_model(config, spec, tensors, device=torch.device("meta"))
     tensors = config.process_unet_state_dict(tensors)
@@ -116,15 +125,22 @@ def build_base_model(config: Any, spec: ComfySpec, tensors: Mapping[str, Tensor]
     config.set_inference_dtype(spec.unet_dtype, spec.manual_cast_dtype, **arguments)
     if spec.fp8_optimizations:
         config.optimizations["fp8"] = True
+    if spec.gguf is not None:
+        from rayltx.comfy_dist.gguf_operations import gguf_operations
+
+        config.custom_operations = gguf_operations(spec.gguf)
     return config.get_model(tensors, "", device=device)
 
 
 def _header(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The checkpoint's tensors: small ones read, others shapes without memory."""
+    """The checkpoint's tensors: small ones read, others shapes without memory. Blocks have the shape of their values."""
     tensors = {}
+    formats = quantised_formats(checkpoint)
     with checkpoint.open() as reader:
         for name, info in checkpoint.tensors.items():
-            if info.num_bytes <= _READ_BYTES:
+            if name in formats:
+                tensors[name] = torch.empty(formats[name].shape, dtype=info.dtype, device="meta")
+            elif info.num_bytes <= _READ_BYTES:
                 tensors[name] = reader.read(name)
             else:
                 tensors[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
@@ -162,11 +178,18 @@ def _conversions(
 
     ComfyUI copies weights into parameters of the dtype that it has chosen; shared weights are taken as they are, so they
     have to be converted before. Quantised layers are as the file has them, and their plain neighbours in the dtype that
-    they are computed in.
+    they are computed in. Of a GGUF file, layers convert what they use, and the rest is converted or dequantised here.
     """
     parameters = dict(base_model.diffusion_model.named_parameters())
     modules = dict(base_model.diffusion_model.named_modules())
     conversions = {}
+    if spec.gguf is not None:
+        for name, parameter in parameters.items():
+            owner = modules[name.rpartition(".")[0]]
+            used_as_is = name not in spec.gguf.formats and hasattr(owner, "comfy_cast_weights")
+            if not used_as_is and not keeps_blocks(owner, name) and tensors[name].dtype != parameter.dtype:
+                conversions[name] = parameter.dtype
+        return conversions
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or is_quantised(name, tensors) or name not in file_tensors:
             continue

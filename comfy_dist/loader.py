@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rayltx.comfy_dist.detection import ComfySpec, build_base_model
-from rayltx.comfy_dist.shared_patcher import SharedWeightPatcher
+from rayltx.comfy_dist.shared_patcher import PATCH_DTYPE, SharedWeightPatcher
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +24,15 @@ def build_on(tensors: dict[str, Tensor], spec: ComfySpec) -> SharedWeightPatcher
     import comfy.model_management
     import comfy.utils
 
-    state_dict, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=dict(spec.metadata))
-    config = comfy.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
+    state_dict, metadata = tensors, dict(spec.metadata)
+    if spec.gguf is None:
+        state_dict, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
+    config = comfy.model_detection.model_config_from_unet(_with_shapes(state_dict, spec), "", metadata=metadata)
     assert config is not None, "detected by the ComfyUI process, not by this worker's"
     # Not on the meta device: quantised layers would sample garbage. Parameters that are never touched cost no memory.
-    base_model: Any = build_base_model(config, spec, state_dict, device=None)
+    base_model: Any = build_base_model(config, spec, _with_shapes(state_dict, spec), device=None)
+    if spec.gguf is not None:
+        setattr(base_model, PATCH_DTYPE, spec.gguf.patch_dtype)
     state_dict = config.process_unet_state_dict(state_dict)
     missing, unexpected = base_model.diffusion_model.load_state_dict(state_dict, strict=False, assign=True)
     assert not missing, f"parameters without weights: {missing[:5]}"
@@ -39,3 +44,16 @@ def build_on(tensors: dict[str, Tensor], spec: ComfySpec) -> SharedWeightPatcher
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+
+
+def _with_shapes(tensors: dict[str, Tensor], spec: ComfySpec) -> dict[str, Tensor]:
+    """The tensors as detection expects them: blocks with the shape of their values."""
+    if spec.gguf is None:
+        return tensors
+    formats = spec.gguf.formats
+    return {
+        name: torch.empty(formats[name].shape, dtype=tensor.dtype, device="meta")
+        if name in formats and tensor.dtype == torch.uint8
+        else tensor
+        for name, tensor in tensors.items()
+    }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rayltx.comfy_dist.twin import Placement, TwinPatcher, load_twin, patcher_of, wait_for_releases
+from rayltx.comfy_dist.twin import LoadOptions, Placement, TwinPatcher, load_twin, patcher_of, wait_for_releases
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class _Source:
     path: str
     modified_ns: int
     num_bytes: int
-    weight_dtype: str
+    options: LoadOptions
 
     @classmethod
-    def of(cls, path: str, weight_dtype: str) -> _Source:
+    def of(cls, path: str, options: LoadOptions) -> _Source:
         found = os.stat(path)
-        return cls(os.path.realpath(path), found.st_mtime_ns, found.st_size, weight_dtype)
+        return cls(os.path.realpath(path), found.st_mtime_ns, found.st_size, options)
 
 
 class LoadedModels:
@@ -41,18 +41,18 @@ class LoadedModels:
         self,
         path: str,
         placement: Placement,
-        weight_dtype: str = "default",
+        options: LoadOptions,
         progress: Callable[[int, int], None] | None = None,
     ) -> TwinPatcher:
         """A MODEL without patches on a checkpoint's weights, which are loaded if they are not. Raises as `load_twin`."""
-        source = _Source.of(path, weight_dtype)
+        source = _Source.of(path, options)
         base_model = self._living.get(source)
         if base_model is not None:
             self._last = base_model
             return patcher_of(base_model).placed(placement)
         self.let_go()
         wait_for_releases()  # two models at once may be more than there is room for
-        twin = load_twin(path, placement, weight_dtype, progress)
+        twin = load_twin(path, placement, options, progress)
         self._living[source] = self._last = twin.model
         return twin
 

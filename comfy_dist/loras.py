@@ -11,7 +11,10 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 
+from rayltx.comfy_dist.forwarding import MODEL_PREFIX
 from rayltx.comfy_dist.lora_files import LoraFile
+from rayltx.comfy_dist.marks import LINK
+from rayltx.comfy_dist.patch_shapes import misfits
 from rayltx.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,10 @@ def _with_lora(model: Any, lora: LoraFile) -> Any:
         raise InputError(
             f"{name}: none of its {len(tensors)} tensors ({shown}, ...) fits this model; it is a LoRA for another one"
         )
+    wrong = misfits({key: [(1.0, patch, 1.0, None, None)] for key, patch in patches.items() if isinstance(key, str)},
+                    getattr(model.model.diffusion_model, LINK).state_dict, MODEL_PREFIX)  # fmt: skip
+    if wrong:
+        raise InputError(f"{name}: it is a LoRA for another model: {'; '.join(wrong[:3])}")
     left = _unmatched(tensors, {name for name, target in key_map.items() if _name(target) in fitting})
     if left:
         logger.warning("%s: %d of %d tensors fit no layer: %s", name, len(left), len(tensors), ", ".join(left[:8]))

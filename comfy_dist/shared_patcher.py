@@ -11,11 +11,16 @@ Worked out on ComfyUI 0.8 to 0.33 without dynamic VRAM, which a worker never has
 from __future__ import annotations
 
 import collections
+import math
 from typing import Any
 
 import comfy.model_patcher
 import comfy.utils
 from torch import Tensor
+
+from rayltx.comfy_dist.patches_at_use import PatchAtUse, is_quantised_weight, without_patches
+
+PATCH_DTYPE = "rayltx_patch_dtype"  # of the model: in what patches of quantised weights are computed
 
 _Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])
 
@@ -44,18 +49,62 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         """The views in whose place hooks have a private copy. Kept on the model, which clones of the patcher share."""
         return self.model.__dict__.setdefault("rayltx_hook_views", {})
 
-    def load(self, *args: Any, **kwargs: Any) -> Any:
+    # Set by the worker before it loads: bytes of weights on the device at most; 0: as many as fit.
+    weight_budget = 0
+
+    def load(
+        self, device_to: Any = None, lowvram_model_memory: float = 0, force_patch_weights: bool = False,
+        full_load: bool = False, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        self._drop_patches_at_use()
         for key, parameter in self.model.named_parameters():
             if parameter.device.type == "cpu" and key not in self.backup:
                 # Detached: moving a module to the GPU exchanges the data of the same Parameter.
                 self.backup[key] = _Backup(parameter.detach(), False)
-        return super().load(*args, **kwargs)
+        if 0 < self.weight_budget < self.model_size():
+            full_load = False
+            lowvram_model_memory = min(lowvram_model_memory or math.inf, self.weight_budget)
+        return super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
 
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         self.weight_inplace_update = False
+        layer = self._quantised_layer(key)
+        if layer is not None and not kwargs.get("return_weight") and not args:
+            if key in self.patches:
+                self._patch_at_use(layer, key, self.patches[key], device_to)
+            return None
         return super().patch_weight_to_device(key, device_to, False, *args, **kwargs)
+
+    # ---- quantised layers: patched where they are used
+
+    def _quantised_layer(self, key: str) -> Any:
+        """The layer whose quantised weight this is, or None."""
+        owner, _, name = key.rpartition(".")
+        layer = comfy.utils.get_attr(self.model, owner) if owner else self.model
+        return layer if is_quantised_weight(layer, name) else None
+
+    def _patch_at_use(self, layer: Any, key: str, patches: list[Any], device: Any, hook: bool = False) -> None:
+        dtype = self.model.__dict__.get(PATCH_DTYPE, "default")
+        patch = PatchAtUse(key, patches, dtype, hook)
+        patch.move_to(layer.weight.device if device is None else device)
+        layer.weight_function = [*layer.weight_function, patch]
+
+    def _drop_patches_at_use(self, hooks_only: bool = False) -> None:
+        for layer in self.model.modules():
+            if getattr(layer, "weight_function", None):
+                layer.weight_function = without_patches(layer.weight_function, hooks_only)
+
+    def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Without what quantised layers add when they are saved: to apply hooks, ComfyUI looks for it on the layers."""
+        known = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
+        return {name: tensor for name, tensor in super().model_state_dict(*args, **kwargs).items() if name in known}
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            self._drop_patches_at_use()
 
     # ---- hooks
 
@@ -71,6 +120,10 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: dict[str, Any], key: str, *args: Any, **kwargs: Any
     ) -> Any:
+        layer = self._quantised_layer(key)
+        if layer is not None:
+            self._patch_at_use(layer, key, combined_patches[key], layer.weight.device, hook=True)
+            return None
         if key in combined_patches:
             self._make_private(key)
         return super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
@@ -80,6 +133,7 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         return super().patch_cached_hook_weights(cached_weights, key, *args, **kwargs)
 
     def unpatch_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        self._drop_patches_at_use(hooks_only=True)
         super().unpatch_hooks(*args, **kwargs)
         for key in [key for key in self._hook_views if key not in self.hook_backup]:
             comfy.utils.set_attr_param(self.model, key, self._hook_views.pop(key))

@@ -32,6 +32,7 @@ from torch import Tensor
 from rayltx.comfy_dist.detection import Detected, detect
 from rayltx.comfy_dist.forwarding import (
     CHANGING,
+    MODEL_PREFIX,
     PatchState,
     check_sendable,
     is_local,
@@ -40,11 +41,12 @@ from rayltx.comfy_dist.forwarding import (
     remote_options,
 )
 from rayltx.comfy_dist.marks import LINK
+from rayltx.comfy_dist.patch_shapes import misfits
 from rayltx.comfy_dist.verdicts import prove_seam
-from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest, RemoteModel
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.errors import InputError, ParallelConfigError, UnsupportedError
+from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 HOST = "rayltx.comfy_dist.worker_model:ComfyModel"
@@ -65,6 +67,7 @@ class Placement:
     request: ClusterRequest
     config: ParallelConfig
     free_after_sampling: bool = False  # give the devices' memory back at the end of a run
+    weight_budget: int = 0  # bytes of weights on a device at most, the rest is streamed; 0: as many as fit
 
     def check(self) -> None:
         """Raises ParallelConfigError if the ranks are more than the workers."""
@@ -103,6 +106,12 @@ class Link:
         register_unimportable_modules()
         if state.signature() != self._sent_patches:
             self._sent_patches = None
+            wrong = misfits(state.patches, self.state_dict, MODEL_PREFIX)
+            if wrong:
+                raise InputError(
+                    f"a LoRA is for another model than this {self.spec.model_version} one: {'; '.join(wrong[:3])}"
+                    f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; remove it, or use one for this model"
+                )
             check_sendable(state.object_patches, "the object patch", self._refer)
             check_sendable(state.injections, "the injection", self._refer)
             check_sendable(state.weight_wrappers, "the weight wrapper of", self._refer)
@@ -178,6 +187,7 @@ class Link:
             "hooks": self._hooks_key(patcher) if patcher is not None else None,
             "load": self._load_key,
             "latent_shape": _latent_shape(x),
+            "weight_budget": self.placement.weight_budget,
         }
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         out = self.remote.forward(inputs, self.placement.config, poll)
@@ -435,17 +445,29 @@ def wait_for_releases() -> None:
     _orphans.join()
 
 
-def load_twin(path: str, placement: Placement, weight_dtype: str = "default", progress: Any = None) -> TwinPatcher:
+@dataclass(frozen=True)
+class LoadOptions:
+    """In what a checkpoint's weights are held and computed. See `detection.detect`."""
+
+    weight_dtype: str = "default"
+    dequant_dtype: str = "default"
+    patch_dtype: str = "default"
+
+
+def load_twin(
+    path: str, placement: Placement, options: LoadOptions = LoadOptions(), progress: Any = None
+) -> TwinPatcher:
     """Load a checkpoint on the workers, and make the MODEL that stands for it. Starts them if they do not run.
 
-    weight_dtype: as in ComfyUI's UNETLoader. progress: see `Cluster.load`.
+    progress: see `Cluster.load`.
     Raises CheckpointError and UnsupportedError before any worker is asked; SelfTestError if this ComfyUI's model would
     give another picture on several ranks.
     """
     placement.check()
     with torch.inference_mode():
-        checkpoint = open_checkpoint(path)
-        detected = detect(checkpoint, weight_dtype)
+        checkpoint = open_model_file(path)
+        detected = detect(checkpoint, options.weight_dtype, options.dequant_dtype, options.patch_dtype)
+        checkpoint.check_values()
         started = time.monotonic()
         cluster = Cluster.start(placement.request)
         remote = cluster.load(checkpoint, detected.spec, HOST, detected.dtypes, progress)

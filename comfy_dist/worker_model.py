@@ -65,6 +65,7 @@ class ComfyModel:
         """
         with torch.inference_mode():
             device = self._patcher.load_device
+            self._patcher.weight_budget = inputs["weight_budget"]
             self._load(inputs["load"], inputs["latent_shape"], group.world_size)
             hooks = None if inputs["hooks"] is None else self._hooks[inputs["hooks"]]
             if hooks != self._patcher.current_hooks:
@@ -136,6 +137,10 @@ class ComfyModel:
         """What the weights take of the device's memory."""
         if self._patcher is None or self._patcher.load_device.type == "cpu":
             return 0
+        return int(self._patcher.loaded_size())
+
+    def placed_bytes(self) -> int:
+        """What ComfyUI counts as loaded of the weights, on the CPU too; the rest is streamed when it is used."""
         return int(self._patcher.loaded_size())
 
     def preprocess_text_embeds(self, message: Message) -> Tensor:

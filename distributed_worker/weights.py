@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, CheckpointReader
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.messages import bytes_of_tensor, tensor_of_bytes
 from rayltx.distributed_worker.shared_pages import protected_views
 
@@ -34,7 +34,7 @@ class WeightChunk:
         Nothing is copied before Ray writes the chunk into its store, unless it is converted.
         """
         with checkpoint.open() as reader:
-            tensors = {name: _read(reader, name, dtypes) for name in names}
+            tensors = {name: reader.read(name, dtypes.get(name)) for name in names}
         return cls(
             {name: tensor.dtype for name, tensor in tensors.items()},
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -50,9 +50,4 @@ class WeightChunk:
 def map_file(checkpoint: Checkpoint, names: Sequence[str], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Tensors on a private mapping of the file: shared through the page cache, copied page by page where written."""
     with checkpoint.open() as reader:
-        return {name: _read(reader, name, dtypes) for name in names}
-
-
-def _read(reader: CheckpointReader, name: str, dtypes: Mapping[str, torch.dtype]) -> Tensor:
-    tensor = reader.read(name)
-    return tensor.to(dtypes[name]) if name in dtypes else tensor
+        return {name: reader.read(name, dtypes.get(name)) for name in names}

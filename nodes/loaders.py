@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayltx.nodes.inputs import CATEGORY, Schema
+from rayltx.nodes.inputs import CATEGORY, Definition, Schema
 from rayltx.nodes.requirements_check import require_packages
 
 _UNET_FOLDERS = ("diffusion_models", "checkpoints")
@@ -13,8 +13,26 @@ _LORA = (
     "RAY_LORA",
     {"tooltip": "LoRAs from Load Lora Model (Ray). ComfyUI's own LoRA nodes work on the MODEL as well."},
 )
+_MAX_VRAM: Definition = (
+    "FLOAT",
+    {
+        "default": 0.0, "min": 0.0, "max": 1024.0, "step": 0.5,
+        "tooltip": "The weights that each GPU may hold, in GiB; the rest is streamed from host memory, block by block. 0: as "
+        "many as fit next to the video.",
+    },
+)  # fmt: skip
 _ACTOR_NAMES = ("ray_actors", "model")
 _ACTOR_TOOLTIPS = ("For the XFuser samplers and Ray nodes.", "For every node of ComfyUI that takes a MODEL.")
+
+
+def _gguf_folders() -> tuple[str]:
+    """ComfyUI lists no GGUF files by itself. The name is the one under which other packs list them."""
+    import folder_paths
+
+    known = folder_paths.folder_names_and_paths
+    if "unet_gguf" not in known:
+        known["unet_gguf"] = (list(known["diffusion_models"][0]), {".gguf"})
+    return ("unet_gguf",)
 
 
 def _names(folders: tuple[str, ...], endings: tuple[str, ...] = ()) -> list[str]:
@@ -64,14 +82,72 @@ class RayUNETLoader:
                 ),
                 "ray_actors_init": _INIT,
             },
-            "optional": {"lora": _LORA},
+            "optional": {"lora": _LORA, "max_vram_gb": _MAX_VRAM},
         }
 
-    def load_ray_unet(self, unet_name: str, weight_dtype: str, ray_actors_init: Any, lora: Any = ()) -> tuple[Any, Any]:
+    def load_ray_unet(
+        self, unet_name: str, weight_dtype: str, ray_actors_init: Any, lora: Any = (), max_vram_gb: float = 0.0
+    ) -> tuple[Any, Any]:
         require_packages()
         from rayltx.comfy_dist.actors import load_actors
 
-        actors = load_actors(_path(unet_name, _UNET_FOLDERS), ray_actors_init, weight_dtype, lora)
+        path = _path(unet_name, _UNET_FOLDERS)
+        actors = load_actors(path, ray_actors_init, lora, max_vram_gb, weight_dtype=weight_dtype)
+        return actors, actors.model
+
+
+class RayGGUFLoader:
+    """A GGUF file onto the workers."""
+
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("RAY_ACTORS", "MODEL")
+    RETURN_NAMES = _ACTOR_NAMES
+    OUTPUT_TOOLTIPS = _ACTOR_TOOLTIPS
+    FUNCTION = "load_ray_unet"
+    DESCRIPTION = (
+        "Loads a GGUF file of an LTX model once, for all workers. Its blocks stay as they are in memory and on the GPUs, and "
+        "are dequantised where they are used."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:  # noqa: N802
+        choices = ["default", "target", "float32", "float16", "bfloat16"]
+        return {
+            "required": {
+                "unet_name": (
+                    _names(_gguf_folders()),
+                    {"tooltip": "A GGUF file of an LTX model, from models/diffusion_models or models/unet."},
+                ),
+                "dequant_dtype": (
+                    choices,
+                    {
+                        "default": "default",
+                        "tooltip": "In what blocks become numbers. default: float32; target: as the model.",
+                    },
+                ),
+                "patch_dtype": (
+                    choices,
+                    {
+                        "default": "default",
+                        "tooltip": "In what LoRAs are computed. default: float32; target: as the model.",
+                    },
+                ),
+                "ray_actors_init": _INIT,
+            },
+            "optional": {"lora": _LORA, "max_vram_gb": _MAX_VRAM},
+        }
+
+    def load_ray_unet(
+        self, unet_name: str, dequant_dtype: str, patch_dtype: str, ray_actors_init: Any, lora: Any = (),
+        max_vram_gb: float = 0.0,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        require_packages()
+        from rayltx.comfy_dist.actors import load_actors
+
+        path = _path(unet_name, _gguf_folders())
+        actors = load_actors(
+            path, ray_actors_init, lora, max_vram_gb, dequant_dtype=dequant_dtype, patch_dtype=patch_dtype
+        )
         return actors, actors.model
 
 

@@ -8,7 +8,7 @@ import sys
 from rayltx.about import ROOT
 from rayltx.errors import MissingPackageError
 
-_MODULES = ("ray", "safetensors", "numpy", "psutil")
+_MODULES = ("ray", "gguf", "safetensors", "numpy", "psutil")
 
 
 def require_packages() -> None:

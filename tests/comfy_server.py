@@ -73,8 +73,8 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.log_path = base / "server.log"
-        environment = {**os.environ, **(environment or {})}
-        environment.pop("PYTHONPATH", None)
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = {**inherited, **(environment or {})}
         with self.log_path.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory",

@@ -52,6 +52,20 @@ def test_sequence_parallel_imports_torch_alone():
     }
 
 
+def test_expansion_imports_neither_ray_nor_comfyui():
+    modules = modules_after_importing("rayltx.expansion")
+    assert not {"ray", "comfy", "folder_paths"} & modules
+    assert not {
+        name for name in modules if name.startswith(("rayltx.comfy_dist", "rayltx.nodes", "rayltx.distributed"))
+    }
+
+
+def test_importing_the_nodes_needs_neither_ray_nor_comfyui():
+    """ComfyUI imports them when it starts: what a node needs is imported when it runs."""
+    modules = modules_after_importing("rayltx.nodes")
+    assert not {"ray", "gguf", "comfy", "diffusers", "torch"} & modules
+
+
 def test_the_workers_import_no_host():
     modules = modules_after_importing("rayltx.distributed_worker")
     assert "ray" in modules

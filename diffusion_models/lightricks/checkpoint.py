@@ -50,6 +50,15 @@ class TensorInfo:
     def num_bytes(self) -> int:
         return self.num_elements * self.dtype.itemsize
 
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Of the parameter: the tensor's own, but for blocks of quantised ones."""
+        return self.shape
+
+    @property
+    def type_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -96,6 +105,9 @@ class Checkpoint:
             by_block.setdefault(int(match[1]) if match else -1, []).append(name)
         return tuple(tuple(by_block[block]) for block in sorted(by_block))
 
+    def check_values(self) -> None:
+        """Raises CheckpointError for damage that shows in the weights alone. Reads what it has to of the file."""
+
     @contextmanager
     def open(self) -> Iterator[CheckpointReader]:
         """Read tensors: `with checkpoint.open() as reader: reader.read(name)`."""
@@ -107,9 +119,13 @@ class CheckpointReader:
     def __init__(self, checkpoint: Checkpoint, file: Any) -> None:
         self._prefix, self._file = checkpoint.prefix, file
 
-    def read(self, name: str) -> Tensor:
-        """A tensor on a private, copy-on-write mapping of the file: nothing is read before it is used."""
-        return self._file.get_tensor(self._prefix + name)
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor on a private, copy-on-write mapping of the file: nothing is read before it is used.
+
+        dtype: what to convert it to; None leaves it as it is stored.
+        """
+        tensor = self._file.get_tensor(self._prefix + name)
+        return tensor if dtype is None else tensor.to(dtype)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -138,7 +154,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             if dtype not in DTYPES:
                 raise CheckpointError(f"{path}: tensor {name} has the dtype {dtype}, which is not known here")
             tensors[name.removeprefix(prefix)] = TensorInfo(DTYPES[dtype], shape)
-    return Checkpoint(str(path.resolve()), prefix, tensors, metadata, _read_config(path, metadata))
+    return Checkpoint(str(path.resolve()), prefix, tensors, metadata, read_config(path, metadata))
 
 
 def _looks_like_pickle(path: Path) -> bool:
@@ -157,7 +173,7 @@ def _transformer_prefix(path: Path, names: Mapping[str, Any]) -> str:
     )
 
 
-def _read_config(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+def read_config(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
     try:
         config = json.loads(metadata.get("config", "{}"))
     except json.JSONDecodeError as error:

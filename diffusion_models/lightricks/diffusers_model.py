@@ -135,7 +135,7 @@ class DiffusersModel:
         for name in sorted(expected.keys() - self.names.keys()):
             complaints.append(f"{name} is missing")
         for name, official in self.names.items():
-            shape = checkpoint.tensors[official].shape
+            shape = checkpoint.tensors[official].values_shape
             if name not in expected:
                 complaints.append(f"{official} has no place in the model")
             elif shape != expected[name]:

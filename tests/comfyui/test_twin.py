@@ -143,7 +143,7 @@ def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, ve
     import comfy.sd
     from comfy_models import quantise
 
-    from rayltx.comfy_dist.twin import Placement, load_twin
+    from rayltx.comfy_dist.twin import LoadOptions, Placement, load_twin
 
     path = tmp_path / "model.safetensors"
     save_tiny_checkpoint(path, version, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
@@ -153,7 +153,7 @@ def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, ve
     options = {"as fp8_e4m3fn": {"dtype": torch.float8_e4m3fn}, "as bf16": {"dtype": torch.bfloat16}}.get(kind, {})
     with torch.inference_mode():
         whole = comfy.sd.load_diffusion_model(str(path), model_options=options)
-        twin = load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)), weight_dtype)
+        twin = load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)), LoadOptions(weight_dtype))
         before = twin.link.remote.digest()
         for scenario in (scenarios.euler, scenarios.lora):
             reference, out = (scenarios.tensors_of(scenario(m, version, CONFIGS[version])) for m in (whole, twin))

@@ -1,0 +1,290 @@
+"""Conversion between safetensors and GGUF, one tensor in memory at a time.
+
+Which weights are quantised follows the converters in use: matrices of layers, whose rows are whole blocks. Biases,
+norms, `scale_shift_table`s and small tensors stay as they are. Every metadata string goes along, the `config` above all.
+Source: the conversion tool of ComfyUI-GGUF, for what is kept and for `comfy.gguf.orig_shape`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rayltx.errors import CheckpointError, InputError, UnsupportedError
+from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
+from rayltx.expansion.comfyui_gguf.loader import LTX_MARKS, find_prefix
+from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES, num_bytes
+from rayltx.expansion.comfyui_gguf.reading import ORIGINAL_SHAPE, GGUFFile, open_gguf
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]  # tensors done, tensors, the name of the one that is next or ""
+
+SAFETENSORS_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ARCHITECTURE = "ltxv"
+_SMALL = 1024  # elements; below, a quantised tensor saves nothing
+_MOST_DIMS = 4  # of a tensor in a GGUF file
+_SCALED_FP8_MARKS = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
+# What describes the GGUF file itself and not the model: written anew, never carried over.
+_OF_THE_FILE = ("general.architecture", "general.alignment", "general.quantization_version", "general.file_type")
+
+_DTYPE_TYPES = {dtype: type for type, dtype in PLAIN_DTYPES.items()}
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+}  # fmt: skip
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write `target`, a .gguf or a .safetensors file, from `source`, the other one.
+
+    type: of the matrices in a GGUF file (`quantisable_types()`; F32 is applied to every float), or the dtype of the
+    safetensors file (float32, float16, bfloat16). Without it nothing is rounded: plain tensors keep their dtype, blocks
+    become float32. `target` appears when it is whole, or not at all.
+    Raises InputError for what cannot be asked, CheckpointError for a source that is damaged or not an LTX transformer,
+    UnsupportedError for a tensor that a GGUF file cannot hold.
+    """
+    source, target = Path(source), Path(target)
+    kinds = (source.suffix.lower(), target.suffix.lower())
+    if source.exists() and target.exists() and source.samefile(target):
+        raise InputError(f"{target}: source and target are the same file; give the target another name")
+    if kinds == (".safetensors", ".gguf"):
+        _to_gguf(source, target, _quantisable_type(type), progress)
+    elif kinds == (".gguf", ".safetensors"):
+        if type is not None and type not in SAFETENSORS_DTYPES:
+            raise InputError(f"type={type} must be one of {', '.join(SAFETENSORS_DTYPES)}, for a .safetensors file")
+        _to_safetensors(open_gguf(source), target, SAFETENSORS_DTYPES.get(type or ""), progress)
+    else:
+        raise InputError(
+            f"{source.name} to {target.name}: one must be a .gguf file and the other a .safetensors file, by their endings"
+        )
+
+
+@functools.cache
+def quantisable_types() -> dict[str, GGMLQuantizationType]:
+    """What the installed gguf package can write, by name: it reads more types than that."""
+    found = {}
+    for type in GGMLQuantizationType:
+        try:
+            gguf.quants.quantize(np.zeros((1, GGML_QUANT_SIZES[type][0]), np.float32), type)
+        except NotImplementedError:
+            continue
+        found[type.name] = type
+    return found
+
+
+def _quantisable_type(name: str | None) -> GGMLQuantizationType | None:
+    if name is None:
+        return None
+    if name.upper() not in quantisable_types():
+        raise InputError(
+            f"type={name} must be one of {', '.join(quantisable_types())}, which the gguf package can write"
+        )
+    return quantisable_types()[name.upper()]
+
+
+# --- safetensors to GGUF -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of one tensor. `stored` is its shape in the file, of at most four dimensions."""
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    stored: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.type, math.prod(self.shape))
+
+
+def _to_gguf(source: Path, target: Path, type: GGMLQuantizationType | None, progress: Progress | None) -> None:
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file")
+    try:
+        with safe_open(source, framework="pt") as file:
+            names = list(file.keys())
+            prefix = _check_transformer(source, names)
+            plans = [
+                _plan(source, name.removeprefix(prefix), file.get_slice(name), type)
+                for name in names
+                if name.startswith(prefix)
+            ]
+            with _appearing_whole(target) as temporary:
+                writer = _start_writer(temporary, file.metadata() or {}, plans)
+                try:
+                    for number, plan in enumerate(plans):
+                        _report(progress, number, len(plans), plan.name)
+                        writer.write_tensor_data(_encode(file.get_tensor(prefix + plan.name), plan))
+                finally:
+                    writer.close()
+                open_gguf(temporary)
+    except SafetensorError as error:
+        raise CheckpointError(f"{source}: not a whole safetensors file ({error}); download it again") from error
+    _report(progress, len(plans), len(plans), "")
+
+
+def _check_transformer(source: Path, names: list[str]) -> str:
+    prefix = find_prefix(names)
+    missing = [mark for mark in LTX_MARKS if prefix + mark not in names]
+    if missing:
+        raise CheckpointError(
+            f"{source}: not an LTX transformer: there is no {missing[0]} among its {len(names)} tensors"
+        )
+    others = [name for name in names if not name.startswith(prefix)]
+    if others:
+        logger.warning(
+            "%s: a GGUF file holds the transformer alone; %d other tensors (%s, ...) are left out",
+            source, len(others), others[0],
+        )  # fmt: skip
+    return prefix
+
+
+def _plan(source: Path, name: str, slice_: Any, type: GGMLQuantizationType | None) -> _Plan:
+    if any(mark in name for mark in _SCALED_FP8_MARKS):
+        raise UnsupportedError(f"{source}: tensor {name}: scaled 8-bit weights; convert the bfloat16 file of the model")
+    shape = tuple(slice_.get_shape())
+    kept = _kept_type(source, name, slice_.get_dtype())
+    is_float = kept.name.startswith(("F", "BF"))
+    # Only of layers: a bare parameter, such as a scale_shift_table, is used without a layer that would dequantise it.
+    is_layer = name.endswith(".weight") and "norm" not in name
+    is_matrix = is_layer and len(shape) >= 2 and math.prod(shape) >= _SMALL
+    if type is None or not is_float:
+        chosen = kept
+    elif type == GGMLQuantizationType.F32 or (is_matrix and shape[-1] % GGML_QUANT_SIZES[type][0] == 0):
+        chosen = type
+    else:
+        chosen = kept
+    if not shape and is_float:
+        chosen = GGMLQuantizationType.F32  # the gguf package cannot read another float type without dimensions
+    stored = shape if len(shape) <= _MOST_DIMS else (math.prod(shape[:-1]), shape[-1])
+    return _Plan(name, chosen, shape, stored)
+
+
+def _kept_type(source: Path, name: str, dtype: str) -> GGMLQuantizationType:
+    if dtype.startswith("F8_E"):
+        return GGMLQuantizationType.F16  # holds every value of both 8-bit floats
+    for torch_dtype, known in _SAFETENSORS_NAMES.items():
+        if known == dtype:
+            return _DTYPE_TYPES[torch_dtype]
+    raise UnsupportedError(f"{source}: tensor {name}: a GGUF file cannot hold the dtype {dtype}; convert another file")
+
+
+def _start_writer(path: Path, metadata: Mapping[str, str], plans: list[_Plan]) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(path, _ARCHITECTURE)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in metadata.items():
+        if key not in _OF_THE_FILE and not key.startswith(ORIGINAL_SHAPE):
+            writer.add_key_value(key, value, GGUFValueType.STRING)  # add_string leaves out what is empty
+    for plan in plans:
+        if plan.stored != plan.shape:
+            writer.add_array(ORIGINAL_SHAPE + plan.name, plan.shape)
+        writer.add_tensor_info(plan.name, plan.stored, np.dtype(np.float32), plan.num_bytes, raw_dtype=plan.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
+
+
+def _encode(tensor: Tensor, plan: _Plan) -> np.ndarray:
+    """The bytes that are written, as an array of any dtype."""
+    tensor = tensor.reshape(plan.stored).contiguous()
+    if plan.type in PLAIN_DTYPES:
+        plain = tensor.to(PLAIN_DTYPES[plan.type]).reshape(-1)
+        if plan.type == GGMLQuantizationType.F16 and plain.isinf().any() and not tensor.isinf().any():
+            raise UnsupportedError(
+                f"tensor {plan.name}: its largest value, {tensor.abs().max():g}, exceeds F16; use BF16"
+            )
+        return plain.view(torch.uint8).numpy()
+    # What a block cannot represent warns here and is found by `check_scales` in the result.
+    with np.errstate(invalid="ignore", over="ignore"):
+        return gguf.quants.quantize(tensor.to(torch.float32).numpy(), plan.type)
+
+
+# --- GGUF to safetensors -----------------------------------------------------------------------------------------
+
+
+def _to_safetensors(file: GGUFFile, target: Path, dtype: torch.dtype | None, progress: Progress | None) -> None:
+    prefix = find_prefix(file.tensors)
+    dtypes = {}
+    for name, tensor in file.tensors.items():
+        exact = PLAIN_DTYPES.get(tensor.type, torch.float32)
+        dtypes[name] = dtype if dtype is not None and exact.is_floating_point else exact
+    # Wide elements first: every tensor then begins at a multiple of its element's size.
+    names = sorted(file.tensors, key=lambda name: -dtypes[name].itemsize)
+    header: dict[str, Any] = {"__metadata__": _strings(file.metadata)}
+    at = 0
+    for name in names:
+        end = at + file.tensors[name].num_elements * dtypes[name].itemsize
+        header[name.removeprefix(prefix)] = {
+            "dtype": _SAFETENSORS_NAMES[dtypes[name]],
+            "shape": list(file.tensors[name].shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with _appearing_whole(target) as temporary, file.open() as reader, temporary.open("wb") as out:
+        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        for number, name in enumerate(names):
+            _report(progress, number, len(names), name)
+            stored = reader.read(name)
+            values = stored.dequantise(dtypes[name]) if isinstance(stored, QuantisedTensor) else stored.to(dtypes[name])
+            out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    _report(progress, len(names), len(names), "")
+
+
+def _strings(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """safetensors metadata is text: numbers as Python writes them, lists as JSON."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value) if isinstance(value, list) else str(value)
+        for key, value in metadata.items()
+        if not key.startswith(ORIGINAL_SHAPE) and key != "general.alignment"
+    }
+
+
+# --- both --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _appearing_whole(target: Path) -> Iterator[Path]:
+    """A name next to `target`, which takes its place when the block ends, and is removed when it fails."""
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: there is no folder {target.parent}")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:  # an interrupt, too
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _report(progress: Progress | None, done: int, total: int, name: str) -> None:
+    if progress is not None:
+        progress(done, total, name)

@@ -1,0 +1,104 @@
+"""The chunked feed-forward on a MODEL of ComfyUI's own loader."""
+
+from __future__ import annotations
+
+import comfy_scenarios as scenarios
+import pytest
+import torch
+from comfy_models import CONFIGS, save_tiny_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rayltx.errors import InputError
+
+pytestmark = pytest.mark.comfyui
+VERSIONS = ("LTX-Video", "LTX-2", "LTX-2.3", "LTX-2.5")
+CHUNKS = 4
+
+
+@pytest.fixture
+def model(comfy, tmp_path, request):
+    import comfy.sd
+
+    version = request.param
+    save_tiny_checkpoint(tmp_path / "model.safetensors", version)
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors")), version
+
+
+def large(version):
+    """A latent of 2,304 video tokens: a chunk has at least 512."""
+    work = scenarios.Workspace(version, CONFIGS[version])
+    work.video = {"samples": work.randn(1, 128, 4, 24, 24)}
+    return work
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest tensor that an operation makes, in elements, and what all feed-forwards keep alive at once is its share."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                LargestTensor.largest = max(LargestTensor.largest, tensor.untyped_storage().nbytes())
+        return out
+
+
+def feed_forward_peak(model, version):
+    """Bytes of the largest tensor made within the video feed-forwards of one sampling."""
+    LargestTensor.largest = 0
+    inner = model.model.diffusion_model
+    hooks = []
+    for block in inner.transformer_blocks:
+        first = block.ff.net[0]
+        mode = LargestTensor()
+        hooks.append(first.register_forward_pre_hook(lambda module, args, mode=mode: mode.__enter__() and None))
+        hooks.append(first.register_forward_hook(lambda module, args, out, mode=mode: mode.__exit__(None, None, None)))
+    out = scenarios.tensors_of(scenarios.ksampler(model, large(version), cfg=1.0))
+    for hook in hooks:
+        hook.remove()
+    return LargestTensor.largest, out
+
+
+@pytest.mark.parametrize("model", VERSIONS, indirect=True)
+def test_the_same_result_with_a_share_of_the_memory(model):
+    from rayltx.comfy_dist.feed_forward_patch import with_chunked_feed_forward
+
+    model, version = model
+    names = list(model.model.diffusion_model.state_dict())
+    with torch.inference_mode():
+        at_once, expected = feed_forward_peak(model, version)
+        chunked_model = with_chunked_feed_forward(model, CHUNKS)
+        in_chunks, found = feed_forward_peak(chunked_model, version)
+        bypassed, again = feed_forward_peak(model, version)
+    assert max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected)) <= 2e-6
+    assert in_chunks <= at_once / CHUNKS * 1.12  # a chunk is a multiple of 64 tokens
+    assert bypassed == at_once and all(torch.equal(a, b) for a, b in zip(again, expected))
+    assert list(model.model.diffusion_model.state_dict()) == names
+    assert "forward" not in vars(model.model.diffusion_model.transformer_blocks[0].ff)
+
+
+@pytest.mark.parametrize("model", ["LTX-Video"], indirect=True)
+def test_twice_is_once_with_the_last_number(model):
+    from rayltx.comfy_dist.feed_forward_patch import with_chunked_feed_forward
+    from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
+
+    model, version = model
+    with torch.inference_mode():
+        twice = with_chunked_feed_forward(with_chunked_feed_forward(model, 2), CHUNKS)
+        peak, _ = feed_forward_peak(twice, version)
+        at_once, _ = feed_forward_peak(model, version)
+    assert twice.model_options["transformer_options"][CHUNKS_OPTION] == CHUNKS
+    assert CHUNKS_OPTION not in model.model_options["transformer_options"]
+    assert peak <= at_once / CHUNKS * 1.12
+
+
+def test_a_model_that_is_not_ltx(comfy):
+    from rayltx.comfy_dist.feed_forward_patch import with_chunked_feed_forward
+
+    class NotLTX:
+        model = torch.nn.Module()
+
+    with pytest.raises(InputError, match="not an LTX transformer"):
+        with_chunked_feed_forward(NotLTX(), 2)
