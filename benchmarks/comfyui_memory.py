@@ -1,6 +1,6 @@
 """Host memory of several workers on ComfyUI's model: loaded, unloaded, loaded again, LoRA on and off.
 
-    PYTHON_OF_COMFYUI benchmarks/comfyui_memory.py --comfyui FOLDER [--gib 1.1] [--workers 4] [--changes 10]
+    PYTHON_OF_COMFYUI benchmarks/comfyui_memory.py --comfyui FOLDER [--gib 1.1] [--workers 4] [--changes 10] [--type Q8_0]
 
 Prints the workers' physical memory (PSS, which counts a shared page once among its users) at each point, as multiples of
 the file above what the interpreters take. Runs on CPU ranks. Needs Linux, and a Python that can import that ComfyUI.
@@ -19,9 +19,11 @@ import torch
 
 from rayltx.cli.comfyui import comfyui_cluster, sample_with_comfyui
 from rayltx.distributed_worker.cluster import ClusterRequest
+from rayltx.expansion.comfyui_gguf.convert import convert
 from rayltx.sequence_parallel.partition import ParallelConfig
 
-WIDTH, HEADS = 1024, 16
+WIDTH, HEADS = 2048, 32  # of LTX-Video 2B
+BYTES = {"Q8_0": 34 / 32, "Q4_0": 18 / 32}  # a weight takes
 SMALL_WIDTH = 96
 
 
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.1)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--changes", type=int, default=10)
+    parser.add_argument("--type", help="of a GGUF file, such as Q8_0; without it, float32 in safetensors")
     arguments = parser.parse_args()
     request = ClusterRequest(workers=arguments.workers)
     with comfyui_cluster(arguments.comfyui, request) as cluster, tempfile.TemporaryDirectory() as folder:
@@ -38,15 +41,22 @@ def main() -> None:
         from rayltx.comfy_dist.twin import Placement, load_twin
 
         path = Path(folder) / "model.safetensors"
-        layers = -(-int(arguments.gib * 2**30) // (16 * WIDTH**2 * 4))
+        layers = -(-int(arguments.gib * 2**30) // int(16 * WIDTH**2 * BYTES.get(arguments.type, 4)))
         save_tiny_checkpoint(
             path, "LTX-Video", num_layers=layers, num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS,
-            cross_attention_dim=WIDTH,
+            cross_attention_dim=WIDTH, dtype=torch.bfloat16 if arguments.type else torch.float32,
         )  # fmt: skip
+        if arguments.type:
+            convert(path, path.with_suffix(".gguf"), arguments.type)
+            path.unlink()
+            path = path.with_suffix(".gguf")
         size = path.stat().st_size
         # ComfyUI imports much of itself only when a model is first loaded and sampled: all of that is interpreter.
         small = Path(folder) / "small.safetensors"
         save_tiny_checkpoint(small, "LTX-Video")
+        if arguments.type:
+            convert(small, small.with_suffix(".gguf"), arguments.type)
+            small = small.with_suffix(".gguf")
         config = ParallelConfig(arguments.workers, 1)
         twin = load_twin(str(small), Placement(cluster.request, config))
         _sample(_with_lora(twin, SMALL_WIDTH, 0))

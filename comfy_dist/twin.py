@@ -44,7 +44,7 @@ from rayltx.comfy_dist.marks import LINK
 from rayltx.comfy_dist.patch_shapes import misfits
 from rayltx.comfy_dist.verdicts import prove_seam
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest, RemoteModel
-from rayltx.distributed_worker.messages import Message, pack
+from rayltx.distributed_worker.messages import Message, SharedTensors, pack
 from rayltx.errors import InputError, ParallelConfigError, UnsupportedError
 from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -115,7 +115,7 @@ class Link:
             check_sendable(state.object_patches, "the object patch", self._refer)
             check_sendable(state.injections, "the injection", self._refer)
             check_sendable(state.weight_wrappers, "the weight wrapper of", self._refer)
-            message = pack(state, refer=self._refer)
+            message = pack(state, SharedTensors(), self._refer)  # one copy of a LoRA for all workers
             self.remote.setup("patches", "set_patches", message, "forwarding patches")
             self.remote.forget_setups("hooks ")
             self._sent_hooks.clear()
@@ -390,6 +390,7 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
 
     def cleanup(self) -> None:
         super().cleanup()
+        self.link.remote.tell("end_run")
         if self.placement.free_after_sampling:
             self.link.unload()
 

@@ -100,7 +100,7 @@ class ComfyModel:
     def set_patches(self, message: Message) -> None:
         """Take the patches of a MODEL. They are applied when the weights are next loaded."""
         with torch.inference_mode():
-            state: PatchState = unpack(message, known=self.module)
+            state: PatchState = unpack(message, private=False, known=self.module)
             self._patcher.clean_hooks()
             self._hooks.clear()
             patcher = self._base.clone()
@@ -120,6 +120,11 @@ class ComfyModel:
         if self._loaded_for is None:
             give_back_freed_memory()  # of earlier patches
         self._loaded_for = key
+
+    def end_run(self) -> None:
+        """A sampling run is over: on the CPU, the allocator holds on to what its largest layers took."""
+        if self._patcher.load_device.type == "cpu":
+            give_back_freed_memory()
 
     def unload(self) -> None:
         """Free the device's memory. The weights stay in the host's, where all workers share them."""

@@ -485,6 +485,12 @@ class RemoteModel:
         ranks = range(len(cluster._actors)) if ranks is None else ranks
         return cluster._call(ranks, "call", what, self.model_id, method, False, *args)
 
+    def tell(self, method: str) -> None:
+        """Have all workers call a method of the host after what they are doing. Nothing is waited for, nor reported."""
+        if self.cluster.is_alive():
+            for actor in self.cluster._actors:
+                actor.run.remote("call", self.model_id, method, False)
+
     def call_collective(self, method: str, config: ParallelConfig, what: str) -> list[Any]:
         """Call a method of the host that takes the group, on all ranks of it."""
         self.cluster.form_group(config)

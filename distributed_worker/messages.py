@@ -10,13 +10,15 @@ import io
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
 import torch
 from ray import cloudpickle
 from torch import Tensor
+
+from rayltx.distributed_worker.shared_pages import protected_views
 
 # Smaller tensors travel inside of the message: an object of its own costs about a millisecond.
 INLINE_BYTES = 64 * 2**10
@@ -31,8 +33,10 @@ class WireTensor:
     data: np.ndarray | ray.ObjectRef
 
     def restore(self) -> Tensor:
-        """A tensor on the bytes, uncopied. What lies in the object store must not be written."""
-        data = ray.get(self.data) if isinstance(self.data, ray.ObjectRef) else self.data
+        """A tensor on the bytes, uncopied. What lies in the object store is protected from writing."""
+        data = self.data
+        if isinstance(data, ray.ObjectRef):
+            data = protected_views({"": ray.get(data)})[""]
         return tensor_of_bytes(data, self.dtype, self.shape)
 
 
@@ -106,7 +110,7 @@ class _Unpickler(pickle.Unpickler):
         return self._known(reference)
 
 
-def pack(obj: Any, sent: SentTensors | None = None, refer: Refer | None = None) -> Message:
+def pack(obj: Any, sent: Store | None = None, refer: Refer | None = None) -> Message:
     """Take an object apart. With `sent`, large tensors go into the object store, and what is there already stays there.
 
     Raises what pickling raises for what cannot cross a process border.
@@ -124,13 +128,24 @@ def pack(obj: Any, sent: SentTensors | None = None, refer: Refer | None = None) 
 
 
 def unpack(message: Message, private: bool = True, known: Callable[[str], Any] | None = None) -> Any:
-    """Put it together again. private: give each tensor memory of its own, that may be written.
+    """Put it together again. private: give each tensor memory of its own, that may be written; else see `restore`.
 
     known: what the names mean that `pack` was told to leave in place of objects.
     """
     tensors = [wire.restore() for wire in message.tensors]
     private_tensors = [tensor.clone() for tensor in tensors] if private else tensors
     return _Unpickler(message.payload, private_tensors, known).load()
+
+
+class Store(Protocol):
+    def put(self, data: np.ndarray) -> ray.ObjectRef: ...
+
+
+class SharedTensors:
+    """Tensors go into the object store, for as long as the message lives: all workers map the same bytes."""
+
+    def put(self, data: np.ndarray) -> ray.ObjectRef:
+        return ray.put(data)
 
 
 class SentTensors:

@@ -33,7 +33,7 @@ def needs_the_command_lines_packages(comfy):
 def test_check_prints_the_table(comfy):
     done = rayltx("check", "--comfyui", find_comfyui(), "--workers", 2, "--model", "LTX-2", "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "LTX-2" in done.stdout and "text to video" in done.stdout and "2x1" in done.stdout
+    assert "LTX-2" in done.stdout and "text to video" in done.stdout and "2 x 1" in done.stdout
 
 
 def test_generate_equals_one_worker(comfy, tmp_path):

@@ -565,7 +565,6 @@ def test_after_all_that_the_queue_goes_on(server):
 
 
 def test_every_input_has_a_tooltip_and_every_node_a_help_page(server):
-    import nodes  # noqa: F401  (ComfyUI's, so that `folder_paths` is there)
     from rayltx.nodes import NODE_CLASS_MAPPINGS
 
     info = server.get("/object_info")
@@ -575,5 +574,16 @@ def test_every_input_has_a_tooltip_and_every_node_a_help_page(server):
             for field, definition in group.items():
                 assert definition[1]["tooltip"], (name, field)
         folder = info[name]["python_module"].removeprefix("custom_nodes.")
-        page = server.base / "custom_nodes" / folder / "web" / "docs" / f"{name}.md"
-        assert page.is_file(), page
+        page = (server.base / "custom_nodes" / folder / "web" / "docs" / f"{name}.md").read_text()
+        assert page.startswith(f"# {info[name]['display_name']}\n")
+        missing = [field for group in info[name]["input"].values() for field in group if f"`{field}`" not in page]
+        assert not missing, (name, missing)
+
+
+def test_the_scripts_are_served_from_a_folder_with_a_space(server):
+    import urllib.request
+
+    scripts = [path for path in server.get("/extensions") if path.endswith("widget_repair.js")]
+    assert scripts == ["/extensions/rayltx/widget_repair.js"]
+    with urllib.request.urlopen(server.url + scripts[0], timeout=10) as answer:
+        assert b"registerExtension" in answer.read()
