@@ -168,6 +168,7 @@ class Worker:
 
     def finish_loading(self, model_id: str) -> None:
         self._models[model_id].finish_loading()
+        give_back_freed_memory()  # what reading took
 
     def release(self, model_id: str) -> None:
         model = self._models.pop(model_id, None)

@@ -28,6 +28,7 @@ def lists_of_names(monkeypatch):
     """What the schema of loaders and samplers takes from ComfyUI."""
     folder_paths = types.ModuleType("folder_paths")
     folder_paths.get_filename_list = lambda folder: []
+    folder_paths.folder_names_and_paths = {"diffusion_models": ([], set())}
     samplers = types.ModuleType("comfy.samplers")
     samplers.KSampler = types.SimpleNamespace(SAMPLERS=["euler"], SCHEDULERS=["simple"])
     comfy = types.ModuleType("comfy")

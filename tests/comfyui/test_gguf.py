@@ -101,6 +101,37 @@ def test_a_file_without_its_metadata_is_refused(files, load, tmp_path):
         load(tmp_path / "bare.gguf")
 
 
+@pytest.mark.parametrize("damage", ["a NaN scale", "cut", "a text encoder"])
+def test_a_file_that_cannot_be_is_refused_before_any_worker_allocates(files, load, cluster, tmp_path, damage):
+    import gguf
+
+    from rayltx.errors import CheckpointError
+
+    quantised, _ = files("LTX-Video", "Q8_0")
+    content, path = bytearray(quantised.read_bytes()), tmp_path / "bad.gguf"
+    if damage == "a NaN scale":
+        tensor = next(t for t in gguf.GGUFReader(quantised).tensors if t.tensor_type.name == "Q8_0")
+        content[tensor.data_offset : tensor.data_offset + 2] = b"\xff\x7f"
+        message = f"{tensor.name}.*scale"
+    elif damage == "cut":
+        del content[-1000:]
+        message = "bad.gguf"
+    else:
+        writer = gguf.GGUFWriter(path, "t5encoder")
+        writer.add_tensor("enc.blk.0.attn_q.weight", torch.zeros(32, 32).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        message = "text encoder"
+    if damage != "a text encoder":
+        path.write_bytes(content)
+    held = cluster.held_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+    assert cluster.held_bytes() == held
+
+
 # ---- LoRA
 
 

@@ -10,6 +10,8 @@ from comfy_models import CONFIGS, save_tiny_checkpoint
 from comfy_server import Graph, PromptFailed, Server
 from safetensors.torch import load_file, save_file
 
+from rayltx.expansion.comfyui_gguf.convert import convert
+
 pytestmark = pytest.mark.comfyui
 
 TOLERANCE = 5e-6  # relative error of the latent's norm, float32, over a whole sampling
@@ -26,8 +28,12 @@ def server(comfy, tmp_path_factory):
     models = base / "models"
     (models / "diffusion_models").mkdir(parents=True)
     (models / "loras").mkdir()
+    (models / "unet").mkdir()
     for version in VERSIONS:
         save_tiny_checkpoint(models / "diffusion_models" / f"{version}.safetensors", version)
+        quantised = models / "unet" / f"{version}.gguf"
+        convert(models / "diffusion_models" / f"{version}.safetensors", quantised, "Q8_0")
+        convert(quantised, models / "diffusion_models" / f"{version} of Q8_0.safetensors")
         save_file(scenarios.make_lora(CONFIGS[version]), models / "loras" / f"{version}.safetensors")
     server = Server(find_comfyui(), base, "--preview-method", "latent2rgb")
     yield server
@@ -87,6 +93,13 @@ class Workflow(Graph):
             **more,
         )
         return loader[0], loader[1]
+
+    def gguf(self, workers=2, settings=(), **more):
+        """The MODEL of a GGUF file."""
+        return self.add(
+            "RayGGUFLoader", unet_name=f"{self.version}.gguf", dequant_dtype="default", patch_dtype="default",
+            ray_actors_init=self.init(workers, **dict(settings)), **more,
+        )[1]  # fmt: skip
 
     def save(self, latent, name):
         self.add("TestSave", latent=latent, name=name)
@@ -366,6 +379,19 @@ def test_lora_nodes_give_the_same(server):
     assert error_of(server, "found", "expected") <= TOLERANCE
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_gguf_file_with_a_lora(server, version):
+    """Against ComfyUI's own loader on the same values."""
+    expected, found = Workflow(version), Workflow(version)
+    model = expected.add("UNETLoader", unet_name=f"{version} of Q8_0.safetensors", weight_dtype="default")[0]
+    lora = {"lora_name": f"{version}.safetensors", "strength_model": 0.8}
+    expected.save(ksampler(expected, expected.add("LoraLoaderModelOnly", model=model, **lora)[0]), "expected")
+    found.save(ksampler(found, found.gguf(lora=found.add("RayLoraLoader", **lora)[0])), "found")
+    server.run(expected.nodes)
+    server.run(found.nodes)
+    assert error_of(server, "found", "expected") <= TOLERANCE
+
+
 # ---- what happens around the sampling
 
 
@@ -467,6 +493,25 @@ def test_the_memory_nodes(server):
         work.add("PreviewAny", source=model[1])
         server.run(work.nodes)
         assert error_of(server, "found", "expected") <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_workers_that_map_the_file_itself(server, kind):
+    """A cluster of its own, without the object store for weights. The values of both files are the same."""
+    expected, found = Workflow("LTX-2"), Workflow("LTX-2")
+    model = expected.add("UNETLoader", unet_name="LTX-2 of Q8_0.safetensors", weight_dtype="default")[0]
+    expected.save(ksampler(expected, model), "expected")
+    if kind == "gguf":
+        model = found.gguf(settings={"use_mmap": True})
+    else:
+        model = found.add(
+            "RayUNETLoader", unet_name="LTX-2 of Q8_0.safetensors", weight_dtype="default",
+            ray_actors_init=found.init(use_mmap=True),
+        )[1]  # fmt: skip
+    found.save(ksampler(found, model), "found")
+    server.run(expected.nodes)
+    server.run(found.nodes)
+    assert error_of(server, "found", "expected") <= TOLERANCE
 
 
 # ---- what is refused, in the words of ComfyUI's error dialog
