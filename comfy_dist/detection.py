@@ -152,13 +152,28 @@ def is_quantised(name: str, tensors: Mapping[str, Any]) -> bool:
     return f"{name.rpartition('.')[0]}.comfy_quant" in tensors
 
 
+def missing_text_modules(model: torch.nn.Module, tensors: Mapping[str, Any]) -> list[str]:
+    """The modules that only prepare text, and that a file leaves out: some keep them with the text encoder.
+
+    Text that was encoded with them does not need them. A module that is there in part is not left out, but damaged.
+    """
+    names = ["audio_embeddings_connector", "video_embeddings_connector"]
+    if getattr(model, "caption_proj_before_connector", False):
+        names += ["caption_projection", "audio_caption_projection"]
+    present = {name.split(".")[0] for name in tensors}
+    return [name for name in names if getattr(model, name, None) is not None and name not in present]
+
+
 def _check_parameters(checkpoint: Checkpoint, model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError for parameters that the file lacks or has in another shape.
 
     ComfyUI itself would warn, and sample with what happens to be in memory.
     """
     complaints = []
+    left_out = tuple(f"{module}." for module in missing_text_modules(model, tensors))
     for name, parameter in model.named_parameters():
+        if name.startswith(left_out):
+            continue
         if name not in tensors:
             complaints.append(f"{name} is missing")
         elif not is_quantised(name, tensors) and tensors[name].shape != parameter.shape:
@@ -187,6 +202,8 @@ def _conversions(
         for name, parameter in parameters.items():
             owner = modules[name.rpartition(".")[0]]
             used_as_is = name not in spec.gguf.formats and hasattr(owner, "comfy_cast_weights")
+            if name not in tensors:
+                continue
             if not used_as_is and not keeps_blocks(owner, name) and tensors[name].dtype != parameter.dtype:
                 conversions[name] = parameter.dtype
         return conversions

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayltx.comfy_dist.detection import ComfySpec, build_base_model
+from rayltx.comfy_dist.detection import ComfySpec, build_base_model, missing_text_modules
 from rayltx.comfy_dist.shared_patcher import PATCH_DTYPE, SharedWeightPatcher
+from rayltx.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,13 @@ def build_on(tensors: dict[str, Tensor], spec: ComfySpec) -> SharedWeightPatcher
     if spec.gguf is not None:
         setattr(base_model, PATCH_DTYPE, spec.gguf.patch_dtype)
     state_dict = config.process_unet_state_dict(state_dict)
+    tensor_names = dict.fromkeys(state_dict)
     missing, unexpected = base_model.diffusion_model.load_state_dict(state_dict, strict=False, assign=True)
+    left_out = missing_text_modules(base_model.diffusion_model, tensor_names)
+    missing = [name for name in missing if name.split(".")[0] not in left_out]
     assert not missing, f"parameters without weights: {missing[:5]}"
+    for name in left_out:
+        getattr(base_model.diffusion_model, name).forward = functools.partial(_refuse_text, spec.model_version)
     if unexpected:
         logger.info("tensors without a place in the model: %s", ", ".join(unexpected[:5]))
     base_model.diffusion_model.requires_grad_(False)
@@ -43,6 +50,13 @@ def build_on(tensors: dict[str, Tensor], spec: ComfySpec) -> SharedWeightPatcher
         base_model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def _refuse_text(version: str, *args: Any, **kwargs: Any) -> Any:
+    raise InputError(
+        f"this {version} file has no text connector, and the text was encoded without it; load the text encoder together with "
+        "the connector's file (DualCLIPLoader), or use a checkpoint that holds the connector"
     )
 
 

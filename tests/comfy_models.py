@@ -5,9 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from rayltx.comfy_dist.tiny_checkpoints import CONFIGS, model_class, save_tiny_checkpoint  # noqa: F401
+
+# The oldest and a new one each time; those between, which share their code, with `-m slow`.
+VERSIONS = [
+    "LTX-Video",
+    pytest.param("LTX-2", marks=pytest.mark.slow),
+    "LTX-2.3",
+    pytest.param("LTX-2.5", marks=pytest.mark.slow),
+]
 
 
 def set_up_comfyui(path: str) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import comfy_scenarios as scenarios
 import pytest
 import torch
-from comfy_models import CONFIGS, save_tiny_checkpoint
+from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayltx.errors import InputError
 
 pytestmark = pytest.mark.comfyui
-VERSIONS = ("LTX-Video", "LTX-2", "LTX-2.3", "LTX-2.5")
 CHUNKS = 4
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy_scenarios as scenarios
 import pytest
 import torch
-from comfy_models import CONFIGS, quantise, save_tiny_checkpoint
+from comfy_models import CONFIGS, VERSIONS, quantise, save_tiny_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +15,6 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 pytestmark = pytest.mark.comfyui
 TOLERANCE = 5e-6  # of a sampling on several ranks, float32: as for every checkpoint
 SAME_WEIGHTS = 1e-6  # of one that uses the same numbers from another file, on as many ranks
-VERSIONS = ("LTX-Video", "LTX-2", "LTX-2.3", "LTX-2.5")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +129,40 @@ def test_a_file_that_cannot_be_is_refused_before_any_worker_allocates(files, loa
     with pytest.raises(CheckpointError, match=message):
         load(path)
     assert cluster.held_bytes() == held
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+@pytest.mark.parametrize("version", ["LTX-2", "LTX-2.3", "LTX-2.5"])
+def test_a_file_without_its_text_connector(load, tmp_path, version, kind):
+    """As some publish them, with the connector next to the text encoder. Text that went through it is all that is needed."""
+    from rayltx.errors import InputError
+
+    save_tiny_checkpoint(tmp_path / "full.safetensors", version)
+    with safe_open(tmp_path / "full.safetensors", "pt") as file:
+        metadata = file.metadata()
+    kept = {
+        name: t for name, t in load_file(tmp_path / "full.safetensors").items() if "embeddings_connector" not in name
+    }
+    path = tmp_path / "transformer.safetensors"
+    save_file(kept, path, metadata=metadata)
+    twin = load(path)
+    if kind == "gguf":
+        convert(path, tmp_path / "transformer.gguf", "F16")
+        convert(tmp_path / "transformer.gguf", path, "float32")
+        twin = load(tmp_path / "transformer.gguf")
+    config = CONFIGS[version]
+    work = scenarios.Workspace(version, config)
+    processed = {"LTX-2": 2 * config["caption_channels"]}.get(version, work.context_width)
+    for side in (work.positive, work.negative):
+        side[0][0] = work.randn(1, scenarios.TEXT_TOKENS, processed)
+    with torch.inference_mode():
+        expected, found = (scenarios.tensors_of(scenarios.ksampler(model, work)) for model in (whole(path), twin))
+    assert difference(found, expected) <= TOLERANCE
+    raw = scenarios.Workspace(version, config)
+    for side in (raw.positive, raw.negative):
+        side[0] = [raw.randn(1, scenarios.TEXT_TOKENS, config["caption_channels"]), {"unprocessed_ltxav_embeds": True}]
+    with torch.inference_mode(), pytest.raises(InputError, match="no text connector"):
+        scenarios.ksampler(twin, raw)
 
 
 # ---- LoRA

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from comfy_checkout import find_comfyui
-from comfy_models import CONFIGS, save_tiny_checkpoint
+from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint
 from comfy_server import Graph, PromptFailed, Server
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +16,6 @@ pytestmark = pytest.mark.comfyui
 
 TOLERANCE = 5e-6  # relative error of the latent's norm, float32, over a whole sampling
 STEPS = 3
-VERSIONS = ("LTX-Video", "LTX-2", "LTX-2.3", "LTX-2.5")
 FRAMES, HEIGHT, WIDTH, AUDIO_TOKENS = 3, 5, 7, 11
 
 
@@ -29,7 +28,7 @@ def server(comfy, tmp_path_factory):
     (models / "diffusion_models").mkdir(parents=True)
     (models / "loras").mkdir()
     (models / "unet").mkdir()
-    for version in VERSIONS:
+    for version in CONFIGS:
         save_tiny_checkpoint(models / "diffusion_models" / f"{version}.safetensors", version)
         quantised = models / "unet" / f"{version}.gguf"
         convert(models / "diffusion_models" / f"{version}.safetensors", quantised, "Q8_0")
@@ -313,7 +312,7 @@ XFUSER = {
 
 
 @pytest.mark.parametrize("case", XFUSER)
-@pytest.mark.parametrize("version", ["LTX-Video", "LTX-2"])
+@pytest.mark.parametrize("version", [pytest.param("LTX-Video", marks=pytest.mark.slow), "LTX-2"])
 def test_xfuser_nodes(server, version, case):
     ours, standard = XFUSER[case]
     expected, found = Workflow(version), Workflow(version)

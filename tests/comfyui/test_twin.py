@@ -10,11 +10,10 @@ import comfy_scenarios as scenarios
 import pytest
 import torch
 from comfy_checkout import find_comfyui
-from comfy_models import CONFIGS, save_tiny_checkpoint
+from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint
 
 from rayltx.sequence_parallel.partition import ParallelConfig
 
-VERSIONS = list(CONFIGS)
 TOLERANCE = 5e-6  # float32: a run's steps, each some roundings in another order
 DEGREES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
 
