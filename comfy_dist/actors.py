@@ -9,7 +9,7 @@ from typing import Any
 
 import comfy.utils
 
-from rayltx.comfy_dist.loading import loaded_models
+from rayltx.comfy_dist.loading import Kept, loaded_models
 from rayltx.comfy_dist.lora_files import LoraFile
 from rayltx.comfy_dist.loras import with_loras
 from rayltx.comfy_dist.twin import LoadOptions, Placement, TwinPatcher
@@ -35,12 +35,18 @@ class RayGuider:
     actors: RayActors
 
 
+def kept_by(node: Any) -> Kept:
+    """What a loader node keeps, on the node."""
+    return node.__dict__.setdefault("_rayltx_kept", Kept())
+
+
 def load_actors(
-    path: str, placement: Placement, loras: Sequence[LoraFile] = (), max_vram_gb: float = 0.0, **options: str
+    path: str, placement: Placement, loras: Sequence[LoraFile], max_vram_gb: float, kept: Kept, **options: str
 ) -> RayActors:
     """Load a checkpoint on the workers, with LoRAs. Shows progress, and can be cancelled there.
 
-    max_vram_gb: GiB of weights on a device at most; 0: as many as fit. options: the fields of `LoadOptions`.
+    kept: what the loader node has of its last run. max_vram_gb: GiB of weights on a device at most; 0: as many as fit.
+    options: the fields of `LoadOptions`.
     """
     placement = dataclasses.replace(placement, weight_budget=int(max_vram_gb * 2**30))
     bar = comfy.utils.ProgressBar(_PROGRESS_STEPS)
@@ -48,5 +54,5 @@ def load_actors(
     def progress(done: int, total: int) -> None:
         bar.update_absolute(_PROGRESS_STEPS * done // total, _PROGRESS_STEPS)
 
-    model = loaded_models.get(path, placement, LoadOptions(**options), progress)
+    model = loaded_models.get(path, placement, LoadOptions(**options), kept, progress)
     return RayActors(with_loras(model, loras))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+_PER_PROMPT = ("preview_method",)  # arguments that ComfyUI sets anew for each prompt
+
 
 @dataclass(frozen=True)
 class ComfyEnvironment:
@@ -16,7 +18,8 @@ class ComfyEnvironment:
 
     root: str
     arguments: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's command line
-    folders: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)  # name: (paths, endings)
+    # name: (paths, endings). Nodes add to them at any time, which is no reason to start other workers.
+    folders: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_this_process(cls) -> ComfyEnvironment:
@@ -28,7 +31,8 @@ class ComfyEnvironment:
             name: (tuple(map(str, paths)), tuple(sorted(endings)))
             for name, (paths, endings) in folder_paths.folder_names_and_paths.items()
         }
-        return cls(str(Path(folder_paths.__file__).resolve().parent), dict(vars(args)), folders)
+        arguments = {name: value for name, value in vars(args).items() if name not in _PER_PROMPT}
+        return cls(str(Path(folder_paths.__file__).resolve().parent), arguments, folders)
 
     @classmethod
     def headless(cls, root: str, cpu: bool) -> ComfyEnvironment:

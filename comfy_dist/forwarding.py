@@ -21,6 +21,7 @@ _HERE = ("wrappers", "callbacks")
 CHANGING = ("sigmas", "sample_sigmas", "cond_or_uncond", "uuids", "prefetch_dynamic_vbars")
 _PATCHES = ("patches", "patches_replace", "optimized_attention_override")
 MODEL_PREFIX = "diffusion_model."  # of object patches that belong into the workers
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
 _BOTH = ("manual_cast_dtype",)  # object patches that count on both sides
 
 
@@ -42,8 +43,8 @@ class PatchState:
             patcher.patches_uuid,
             dict(patcher.patches),
             {name: patch for name, patch in patcher.object_patches.items() if is_remote(name)},
-            dict(getattr(patcher, "weight_wrapper_patches", {})),
-            dict(patcher.injections),
+            {key: list(found) for key, found in getattr(patcher, "weight_wrapper_patches", {}).items()},
+            {key: list(found) for key, found in patcher.injections.items()},
             bool(getattr(patcher, "force_cast_weights", False)),
         )
 
@@ -56,10 +57,27 @@ class PatchState:
         patcher.injections = self.injections
         patcher.force_cast_weights = self.force_cast_weights
 
-    def signature(self) -> tuple[Any, ...]:
-        """Changes when what the workers have to be told does: ComfyUI's uuid covers only the weights' patches."""
-        objects = tuple((name, id(patch)) for name, patch in sorted(self.object_patches.items()))
-        return self.uuid, objects, tuple(sorted(self.injections)), self.force_cast_weights
+    def is_same(self, other: PatchState) -> bool:
+        """Whether the workers would have to be told nothing new. ComfyUI's uuid covers only the weights' patches.
+
+        Objects are compared by identity, which counts only while both are alive: keep the state that was sent.
+        """
+        if (self.uuid, self.force_cast_weights) != (other.uuid, other.force_cast_weights):
+            return False
+        pairs = (
+            (self.object_patches, other.object_patches),
+            (self.weight_wrappers, other.weight_wrappers),
+            (self.injections, other.injections),
+        )
+        return all(
+            mine.keys() == theirs.keys() and all(_is_same(mine[k], theirs[k]) for k in mine) for mine, theirs in pairs
+        )
+
+
+def _is_same(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, list) and isinstance(theirs, list):
+        return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs))
+    return mine is theirs
 
 
 def remote_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,6 +133,8 @@ def register_unimportable_modules() -> None:
             continue
         parents = Path(file).resolve().parents
         unimportable = "/" in name or "\\" in name
+        if not unimportable and not _INSTALLED.isdisjoint(Path(file).parts):
+            continue  # also a user's own, and a system's that a virtual environment sees
         of_comfyui = comfyui in parents and comfyui / "custom_nodes" not in parents
         if unimportable or not (of_comfyui or any(folder in parents for folder in installed)):
             cloudpickle.register_pickle_by_value(module)

@@ -51,7 +51,8 @@ def _linear(layer: Any, block_format: BlockFormat, spec: GGUFSpec, input: Tensor
     data = management.cast_to(layer.weight, None, device, non_blocking=non_blocking, stream=stream)
     bias = layer.bias
     if bias is not None:
-        bias = management.cast_to(bias, dtype, device, non_blocking=non_blocking, stream=stream)
+        copied = bool(layer.bias_function)  # patches add to it in place
+        bias = management.cast_to(bias, dtype, device, non_blocking=non_blocking, copy=copied, stream=stream)
     management.sync_stream(device, stream)
 
     if layer.weight_function:

@@ -22,6 +22,7 @@ def build_on(tensors: dict[str, Tensor], spec: ComfySpec) -> SharedWeightPatcher
     tensors: by official name without prefix, in the dtypes that `detection` chose. The dictionary is emptied.
     What ComfyUI's own loader does, but for the copy.
     """
+    import comfy.hooks
     import comfy.model_detection
     import comfy.model_management
     import comfy.utils
@@ -46,11 +47,14 @@ def build_on(tensors: dict[str, Tensor], spec: ComfySpec) -> SharedWeightPatcher
     if unexpected:
         logger.info("tensors without a place in the model: %s", ", ".join(unexpected[:5]))
     base_model.diffusion_model.requires_grad_(False)
-    return SharedWeightPatcher(
+    patcher = SharedWeightPatcher(
         base_model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+    # Not a copy of each patched layer for each strength that a hook has had.
+    patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    return patcher
 
 
 def _refuse_text(version: str, *args: Any, **kwargs: Any) -> Any:

@@ -26,39 +26,41 @@ class _Source:
         return cls(os.path.realpath(path), found.st_mtime_ns, found.st_size, options)
 
 
+@dataclass
+class Kept:
+    """The model that a loader node had at its last run. It is the node's own, so it goes when ComfyUI forgets the node."""
+
+    base_model: Any = None
+
+
 class LoadedModels:
     """The twins' models that live, by what they were loaded from.
 
-    A loader node runs again when any of its inputs changes, and ComfyUI has dropped its earlier output by then. So the
-    last model is kept from one run to the next, until another is loaded or ComfyUI frees its memory.
+    A loader node runs again when any of its inputs changes, and ComfyUI has dropped its earlier output by then: the node
+    itself keeps the model until it has the next one.
     """
 
     def __init__(self) -> None:
         self._living: weakref.WeakValueDictionary[_Source, Any] = weakref.WeakValueDictionary()
-        self._last: Any = None
 
     def get(
         self,
         path: str,
         placement: Placement,
         options: LoadOptions,
+        kept: Kept,
         progress: Callable[[int, int], None] | None = None,
     ) -> TwinPatcher:
         """A MODEL without patches on a checkpoint's weights, which are loaded if they are not. Raises as `load_twin`."""
         source = _Source.of(path, options)
         base_model = self._living.get(source)
-        if base_model is not None:
-            self._last = base_model
-            return patcher_of(base_model).placed(placement)
-        self.let_go()
-        wait_for_releases()  # two models at once may be more than there is room for
-        twin = load_twin(path, placement, options, progress)
-        self._living[source] = self._last = twin.model
-        return twin
-
-    def let_go(self) -> None:
-        """Keep no model that nobody else holds."""
-        self._last = None
+        if base_model is None:
+            kept.base_model = None
+            wait_for_releases()  # two models at once may be more than there is room for
+            base_model = load_twin(path, placement, options, progress).model
+            self._living[source] = base_model
+        kept.base_model = base_model
+        return patcher_of(base_model).placed(placement)
 
 
 loaded_models = LoadedModels()

@@ -12,6 +12,7 @@ from typing import Any
 
 import comfy.lora
 import torch
+from comfy.model_patcher import LowVramPatch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
@@ -21,46 +22,49 @@ from rayltx.comfy_dist.gguf_spec import chosen_dtype
 class PatchAtUse:
     """One of a layer's `weight_function`s."""
 
-    def __init__(self, key: str, patches: list[Any], patch_dtype: str = "default", hook: bool = False) -> None:
-        self.key, self.patches, self.patch_dtype, self.hook = key, patches, patch_dtype, hook
+    def __init__(self, key: str, patches: list[Any], patch_dtype: str, device: torch.device) -> None:
+        """patches: as a ModelPatcher holds them for the weight `key`. Their tensors are brought to the layer's device."""
+        self.key, self.source, self.patch_dtype, self.device = key, patches, patch_dtype, device
+        self.patches = [(strength, _to_device(patch, device), *rest) for strength, patch, *rest in patches]
 
     def __call__(self, weight: Tensor) -> Tensor:
         """weight: (out, in), in what the layer computes in, or wider. ComfyUI adds to it in place, and may replace it."""
         dtype = chosen_dtype(self.patch_dtype, weight.dtype)
         return comfy.lora.calculate_weight(self.patches, weight, self.key, intermediate_dtype=dtype)
 
-    def move_to(self, device: torch.device) -> int:
-        """Bring the patch's tensors to the layer's device, once instead of at each use. Returns their bytes there."""
-        moved = _Mover(device)
-        self.patches = [(strength, moved(patch), *rest) for strength, patch, *rest in self.patches]
-        return moved.num_bytes
+
+def _to_device(patch: Any, device: torch.device) -> Any:
+    if isinstance(patch, Tensor):
+        return patch.to(device)
+    if isinstance(patch, (tuple, list)):
+        return type(patch)(_to_device(part, device) for part in patch)
+    if hasattr(patch, "weights"):  # one of ComfyUI's adapters
+        other = copy.copy(patch)
+        other.weights = _to_device(patch.weights, device)
+        return other
+    return patch
 
 
-class _Mover:
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.num_bytes = device, 0
+def set_patches_at_use(layer: Any, key: str, sources: list[list[Any]], patch_dtype: str, device: torch.device) -> None:
+    """Make these, in order, the patches of a quantised layer, in place of any that it had.
 
-    def __call__(self, patch: Any) -> Any:
-        if isinstance(patch, Tensor):
-            self.num_bytes += patch.nbytes
-            return patch.to(self.device)
-        if isinstance(patch, (tuple, list)):
-            return type(patch)(map(self, patch))
-        if hasattr(patch, "weights"):  # one of ComfyUI's adapters
-            other = copy.copy(patch)
-            other.weights = self(patch.weights)
-            return other
-        return patch
-
-
-def without_patches(functions: list[Any], hooks_only: bool = False) -> list[Any]:
-    """A layer's functions without those that were put there here."""
-    return [f for f in functions if not (isinstance(f, PatchAtUse) and (f.hook or not hooks_only))]
+    What else is among its functions stays, before them. ComfyUI's own patches for layers that it leaves on the host go:
+    they are the same patches in another form.
+    """
+    had = [f for f in layer.weight_function if isinstance(f, PatchAtUse)]
+    others = [f for f in layer.weight_function if not isinstance(f, (PatchAtUse, LowVramPatch))]
+    if not sources and len(others) == len(layer.weight_function):
+        return
+    patches = []
+    for source in sources:
+        same = [patch for patch in had if patch.source is source and patch.device == device]
+        patches.append(same[0] if same else PatchAtUse(key, source, patch_dtype, device))
+    layer.weight_function = [*others, *patches]
 
 
 def is_quantised_weight(module: Any, name: str) -> bool:
     """Whether a module's parameter `name` would have to be quantised again to be patched."""
-    if name != "weight" or not hasattr(module, "weight_function"):
+    if name != "weight" or not hasattr(module, "weight_function") or module.weight is None:
         return False
     if getattr(module, "block_format", None) is not None or isinstance(module.weight, QuantizedTensor):
         return True

@@ -18,7 +18,7 @@ import comfy.model_patcher
 import comfy.utils
 from torch import Tensor
 
-from rayltx.comfy_dist.patches_at_use import PatchAtUse, is_quantised_weight, without_patches
+from rayltx.comfy_dist.patches_at_use import is_quantised_weight, set_patches_at_use
 
 PATCH_DTYPE = "rayltx_patch_dtype"  # of the model: in what patches of quantised weights are computed
 
@@ -56,7 +56,6 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         self, device_to: Any = None, lowvram_model_memory: float = 0, force_patch_weights: bool = False,
         full_load: bool = False, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        self._drop_patches_at_use()
         for key, parameter in self.model.named_parameters():
             if parameter.device.type == "cpu" and key not in self.backup:
                 # Detached: moving a module to the GPU exchanges the data of the same Parameter.
@@ -64,47 +63,58 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         if 0 < self.weight_budget < self.model_size():
             full_load = False
             lowvram_model_memory = min(lowvram_model_memory or math.inf, self.weight_budget)
-        return super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
+        super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
+        self._set_patches_at_use()
 
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         self.weight_inplace_update = False
-        layer = self._quantised_layer(key)
-        if layer is not None and not kwargs.get("return_weight") and not args:
-            if key in self.patches:
-                self._patch_at_use(layer, key, self.patches[key], device_to)
-            return None
+        if self._is_quantised(key) and not kwargs.get("return_weight") and not args:
+            return None  # patched where it is used
         return super().patch_weight_to_device(key, device_to, False, *args, **kwargs)
 
     # ---- quantised layers: patched where they are used
 
-    def _quantised_layer(self, key: str) -> Any:
-        """The layer whose quantised weight this is, or None."""
+    def _is_quantised(self, key: str) -> bool:
         owner, _, name = key.rpartition(".")
-        layer = comfy.utils.get_attr(self.model, owner) if owner else self.model
-        return layer if is_quantised_weight(layer, name) else None
+        return is_quantised_weight(comfy.utils.get_attr(self.model, owner) if owner else self.model, name)
 
-    def _patch_at_use(self, layer: Any, key: str, patches: list[Any], device: Any, hook: bool = False) -> None:
+    def _set_patches_at_use(self) -> None:
+        """Give each quantised layer the patches that count now.
+
+        After whatever ComfyUI may have done to the layers' functions: it clears, keeps and adds to them as layers move.
+        """
         dtype = self.model.__dict__.get(PATCH_DTYPE, "default")
-        patch = PatchAtUse(key, patches, dtype, hook)
-        patch.move_to(layer.weight.device if device is None else device)
-        layer.weight_function = [*layer.weight_function, patch]
+        for name, layer in self.model.named_modules():
+            if not is_quantised_weight(layer, "weight"):
+                continue
+            key = f"{name}.weight"
+            sources = [group[key] for group in (self.patches, self._hooks_at_use) if key in group]
+            on_device = layer.weight.device.type != "cpu"
+            set_patches_at_use(layer, key, sources, dtype, layer.weight.device if on_device else self.load_device)
 
-    def _drop_patches_at_use(self, hooks_only: bool = False) -> None:
-        for layer in self.model.modules():
-            if getattr(layer, "weight_function", None):
-                layer.weight_function = without_patches(layer.weight_function, hooks_only)
+    @property
+    def _hooks_at_use(self) -> dict[str, list[Any]]:
+        """The patches of the current hooks. Kept on the model, as `_hook_views`."""
+        return self.model.__dict__.setdefault("rayltx_hooks_at_use", {})
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        freed = super().partially_unload(*args, **kwargs)
+        self._set_patches_at_use()
+        return freed
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            for layer in self.model.modules():
+                if is_quantised_weight(layer, "weight"):
+                    set_patches_at_use(layer, "", [], "", self.load_device)
 
     def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Without what quantised layers add when they are saved: to apply hooks, ComfyUI looks for it on the layers."""
         known = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         return {name: tensor for name, tensor in super().model_state_dict(*args, **kwargs).items() if name in known}
-
-    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
-        super().unpatch_model(device_to, unpatch_weights)
-        if unpatch_weights:
-            self._drop_patches_at_use()
 
     # ---- hooks
 
@@ -120,10 +130,8 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: dict[str, Any], key: str, *args: Any, **kwargs: Any
     ) -> Any:
-        layer = self._quantised_layer(key)
-        if layer is not None:
-            self._patch_at_use(layer, key, combined_patches[key], layer.weight.device, hook=True)
-            return None
+        if self._is_quantised(key):
+            return None  # see `patch_hooks`
         if key in combined_patches:
             self._make_private(key)
         return super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
@@ -132,8 +140,17 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         self._make_private(key)
         return super().patch_cached_hook_weights(cached_weights, key, *args, **kwargs)
 
+    def patch_hooks(self, hooks: Any) -> Any:
+        super().patch_hooks(hooks)
+        self._hooks_at_use.clear()
+        if hooks is not None:
+            self._hooks_at_use.update(self.get_combined_hook_patches(hooks))
+        self._set_patches_at_use()
+
     def unpatch_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        self._drop_patches_at_use(hooks_only=True)
+        if self._hooks_at_use:
+            self._hooks_at_use.clear()
+            self._set_patches_at_use()
         super().unpatch_hooks(*args, **kwargs)
         for key in [key for key in self._hook_views if key not in self.hook_backup]:
             comfy.utils.set_attr_param(self.model, key, self._hook_views.pop(key))

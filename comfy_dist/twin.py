@@ -91,11 +91,12 @@ class Link:
         self.loaded = False
         self._refer = module_names(detected.base_model.diffusion_model)
         remote.refer = self._refer
-        self._sent_patches: Any = None
+        self._sent_patches: PatchState | None = None
         self._sent_part: tuple[str, Message] | None = None
         self._sent_hooks: dict[Any, str] = {}
         self._runs = itertools.count()
-        self._load_key: Any = None
+        self._load_key = next(self._runs)
+        self.latent_shape: list[int] = [1, 1, 1, 1, 1]  # of what is about to be sampled
 
     # ---- patches
 
@@ -104,7 +105,7 @@ class Link:
         self.move(patcher.placement)
         state = PatchState.of(patcher)
         register_unimportable_modules()
-        if state.signature() != self._sent_patches:
+        if self._sent_patches is None or not state.is_same(self._sent_patches):
             self._sent_patches = None
             wrong = misfits(state.patches, self.state_dict, MODEL_PREFIX)
             if wrong:
@@ -119,7 +120,7 @@ class Link:
             self.remote.setup("patches", "set_patches", message, "forwarding patches")
             self.remote.forget_setups("hooks ")
             self._sent_hooks.clear()
-            self._sent_patches = state.signature()
+            self._sent_patches = state
         self.loaded = True
 
     def move(self, placement: Placement) -> None:
@@ -152,20 +153,34 @@ class Link:
         identity = tuple((hook.hook_ref, float(hook.strength)) for hook in hooks.hooks), patcher.patches_uuid
         if identity not in self._sent_hooks:
             key = uuid.uuid4().hex
+            self._forget_other_strengths(identity)
             combined = patcher.get_combined_hook_patches(hooks)
             check_sendable(combined, "the hook's patch of", self._refer)
             self.remote.setup(
-                f"hooks {key}", "keep_hooks", pack((key, combined), refer=self._refer), "forwarding hooks"
+                f"hooks {key}",
+                "keep_hooks",
+                pack((key, combined), SharedTensors(), self._refer),
+                "forwarding hooks",
             )
             self._sent_hooks[identity] = key
         return self._sent_hooks[identity]
+
+    def _forget_other_strengths(self, identity: Any) -> None:
+        """Of the same hooks: a strength that changes with every step would be kept for every step."""
+
+        def references(of: Any) -> list[Any]:
+            return [reference for reference, _ in of[0]]
+
+        for other in [known for known in self._sent_hooks if references(known) == references(identity)]:
+            key = self._sent_hooks.pop(other)
+            self.remote.forget_setups(f"hooks {key}")
+            self.remote.tell("forget_hooks", key)
 
     def drop_hooks(self) -> None:
         if self._sent_hooks:
             self._sent_hooks.clear()
             self.remote.forget_setups("hooks ")
-            if self.remote.cluster.is_alive():
-                self.remote.call("drop_hooks", what="undoing hooks")
+            self.remote.tell("drop_hooks")  # not waited for: this is how a cancelled run ends, too
 
     # ---- calls
 
@@ -178,6 +193,7 @@ class Link:
         options = dict(arguments.pop("transformer_options", None) or {})
         x = arguments["x"]
         self._check(model, x, arguments.get("context"))
+        self.latent_shape = _latent_shape(x)
         patcher = self.base_model().current_patcher  # type: ignore[union-attr]
         inputs = {
             "args": (),
@@ -185,9 +201,7 @@ class Link:
             "options": {name: value for name, value in options.items() if name in CHANGING},
             "parts": self._part_key(remote_options(options)),
             "hooks": self._hooks_key(patcher) if patcher is not None else None,
-            "load": self._load_key,
-            "latent_shape": _latent_shape(x),
-            "weight_budget": self.placement.weight_budget,
+            **self._load_inputs(),
         }
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         out = self.remote.forward(inputs, self.placement.config, poll)
@@ -197,17 +211,25 @@ class Link:
     def preprocess_text_embeds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The text connector, which is part of the weights. One worker is enough for it."""
         context: Tensor = args[0]
-        message = pack((self._load_key, args, kwargs))
-        try:
-            answers = self.remote.call("preprocess_text_embeds", message, what="the text connector", ranks=[0])
-            return answers[0].to(context.device)
-        except RuntimeError as error:
-            if "shape" in str(error) or "size" in str(error):
-                raise InputError(
-                    f"the conditioning is {context.shape[-1]} wide, which this {self.remote.checkpoint.version} model's text "
-                    "connector does not take; encode the text with the text encoder of this LTX version"
-                ) from error
-            raise
+        model = self.base_model().diffusion_model  # type: ignore[union-attr]
+        both = model.cross_attention_dim + model.audio_cross_attention_dim
+        if context.shape[-1] not in (model.caption_channels, 2 * model.caption_channels, both):
+            raise InputError(
+                f"the conditioning is {context.shape[-1]} wide, which this {self.remote.checkpoint.version} model's text "
+                "connector does not take; encode the text with the text encoder of this LTX version"
+            )
+        message = pack((self._load_inputs(), args, kwargs))
+        answers = self.remote.call("preprocess_text_embeds", message, what="the text connector", ranks=[0])
+        return answers[0].to(context.device)
+
+    def _load_inputs(self) -> dict[str, Any]:
+        """By what a worker puts weights on its device, if they are not there."""
+        return {
+            "load": self._load_key,
+            "latent_shape": self.latent_shape,
+            "weight_budget": self.placement.weight_budget,
+            "world_size": self.placement.config.world_size,
+        }
 
     def _part_key(self, part: dict[str, Any]) -> str:
         """The workers' name for the transformer options that stay the same, which they are sent when they change."""
@@ -244,6 +266,11 @@ class Link:
             )
 
     # ---- memory
+
+    def end_run(self, free: bool) -> None:
+        """A sampling run is over, or cancelled: nothing is waited for. free: give the devices' memory back."""
+        self.remote.tell("unload" if free else "end_run")
+        self.loaded = self.loaded and not free
 
     def unload(self) -> None:
         """Free the devices; the host's copy stays."""
@@ -358,8 +385,8 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
         return freed
 
     def detach(self, unpatch_all: bool = True) -> Any:
-        self.unpatch_model()
-        if unpatch_all:
+        if unpatch_all:  # not for a clone that goes while another samples
+            self.unpatch_model()
             self.link.unload()
         for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_DETACH):
             callback(self, unpatch_all)
@@ -390,9 +417,7 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
 
     def cleanup(self) -> None:
         super().cleanup()
-        self.link.remote.tell("end_run")
-        if self.placement.free_after_sampling:
-            self.link.unload()
+        self.link.end_run(self.placement.free_after_sampling)
 
     # ---- hooks: combined here, where their strengths are known, applied there
 
@@ -421,7 +446,10 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
         return self.get_key_patches()
 
 
-_orphans: queue.Queue[Link] = queue.Queue()
+# Of links whose MODEL is gone; an Event asks to be set when all before it are done. A SimpleQueue can be put to in a
+# finaliser, whatever is going on in the thread that it interrupts.
+_orphans: queue.SimpleQueue[Link | threading.Event] = queue.SimpleQueue()
+_RELEASE_TIMEOUT_S = 30.0
 
 
 @functools.cache
@@ -430,10 +458,15 @@ def _janitor() -> threading.Thread:
 
     def work() -> None:
         while True:
-            link = _orphans.get()
-            link.remote.release_unless_busy()
-            del link
-            _orphans.task_done()
+            orphan = _orphans.get()
+            if isinstance(orphan, threading.Event):
+                orphan.set()
+                continue
+            try:
+                orphan.remote.release_unless_busy()
+            except Exception:  # the thread must go on
+                logger.exception("a model could not be released")
+            del orphan
 
     thread = threading.Thread(target=work, name="rayltx-janitor", daemon=True)
     thread.start()
@@ -443,7 +476,11 @@ def _janitor() -> threading.Thread:
 def wait_for_releases() -> None:
     """Return when the workers have been told to forget every model whose MODEL is gone."""
     gc.collect()
-    _orphans.join()
+    done = threading.Event()
+    _janitor()
+    _orphans.put(done)
+    if not done.wait(_RELEASE_TIMEOUT_S):
+        logger.warning("models that are no longer used were not released within %.0f s", _RELEASE_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -471,7 +508,7 @@ def load_twin(
         checkpoint.check_values()
         started = time.monotonic()
         cluster = Cluster.start(placement.request)
-        remote = cluster.load(checkpoint, detected.spec, HOST, detected.dtypes, progress)
+        remote = cluster.load(checkpoint, detected.spec, HOST, detected.dtypes, progress, keeps_host_copy=True)
         base_model = detected.base_model
         link = Link(remote, placement, detected)
         try:
@@ -497,10 +534,18 @@ def load_twin(
 def patcher_of(base_model: Any) -> TwinPatcher:
     """A MODEL without patches on a twin's model."""
     load_device = comfy.model_management.get_torch_device()
-    return TwinPatcher(base_model, load_device, comfy.model_management.unet_offload_device())
+    patcher = TwinPatcher(base_model, load_device, comfy.model_management.unet_offload_device())
+    # All MODELs on it undo each other's object patches, as clones of one do.
+    patcher.object_patches_backup = base_model.__dict__.setdefault("rayltx_object_backup", {})
+    return patcher
 
 
 def _share_memory_estimate(base_model: Any, link: Link) -> None:
     """ComfyUI decides by it whether positive and negative go in one batch: a rank holds its share of the tokens."""
     whole = base_model.memory_required
-    base_model.memory_required = lambda *args, **kwargs: whole(*args, **kwargs) / link.placement.config.world_size
+
+    def memory_required(input_shape: Any, *args: Any, **kwargs: Any) -> float:
+        link.latent_shape = list(input_shape)
+        return whole(input_shape, *args, **kwargs) / link.placement.config.world_size
+
+    base_model.memory_required = memory_required

@@ -16,7 +16,7 @@ from rayltx.about import ROOT, VERSION
 from rayltx.comfy_dist.detection import ComfySpec, config_digest
 from rayltx.comfy_dist.self_test import check_errors
 from rayltx.distributed_worker.cluster import RemoteModel
-from rayltx.errors import ClusterError
+from rayltx.errors import RanksDisagree, RanksFailedAlike
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,9 @@ def prove_seam(remote: RemoteModel, config: ParallelConfig, spec: ComfySpec, bas
     started = time.monotonic()
     try:
         errors = remote.call_collective("self_test", config, "the self-test")[0]
-    except ClusterError as error:  # ranks that came out of step say the same as a wrong number
+    except (RanksDisagree, RanksFailedAlike) as error:  # says the same as a wrong number, unless memory ran out
+        if "out of memory" in str(error).lower():
+            raise
         errors = {"every kind of input": str(error).splitlines()[0]}
     check_errors(errors, about)
     worst = max(errors.values())
@@ -53,8 +55,8 @@ def verdict_key(spec: ComfySpec, base_model: Any, config: ParallelConfig, device
     model_class = next(c for c in type(base_model.diffusion_model).__mro__ if c.__module__.startswith("comfy."))
     folder = Path(sys.modules[model_class.__module__].__file__ or "").parent
     digest = hashlib.sha256()
-    sources = [*sorted(folder.glob("*.py")), ROOT / "diffusion_models" / "lightricks" / "comfyui_host.py"]
-    for source in [*sources, *sorted((ROOT / "sequence_parallel").glob("*.py"))]:
+    folders = (folder, folder.parent / "modules", ROOT / "diffusion_models" / "lightricks", ROOT / "sequence_parallel")
+    for source in (path for part in folders for path in sorted(part.glob("*.py"))):
         digest.update(source.read_bytes())
     unet_config = {k: v for k, v in base_model.model_config.unet_config.items() if k != "dtype"}
     rest = (spec.version, VERSION, torch.__version__, device, model_class.__name__, config_digest(unet_config))

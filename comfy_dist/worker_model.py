@@ -59,18 +59,16 @@ class ComfyModel:
         """One call of the model. Collective.
 
         inputs: `args` and `kwargs` of the model's `_forward`; `options`, the transformer options that change from step to
-        step; `parts`, the key of those that do not (see `keep_part`); `hooks`, a key, or None; `load`, what the weights
-        were last loaded for.
+        step; `parts`, the key of those that do not (see `keep_part`); `hooks`, a key, or None; and what `_load` takes.
         Returns on rank 0 what the model returns, on the CPU; None elsewhere.
         """
         with torch.inference_mode():
             device = self._patcher.load_device
-            self._patcher.weight_budget = inputs["weight_budget"]
-            self._load(inputs["load"], inputs["latent_shape"], group.world_size)
+            self._load(inputs)
             hooks = None if inputs["hooks"] is None else self._hooks[inputs["hooks"]]
             if hooks != self._patcher.current_hooks:
                 self._patcher.patch_hooks(hooks)
-            options = {**self._parts.get(inputs["parts"], {}), **inputs["options"]}
+            options = {**self._parts[inputs["parts"]], **inputs["options"]}
             args, kwargs = _to_device((inputs["args"], inputs["kwargs"]), device)
             kwargs["transformer_options"] = _to_device(options, device)
             chunks = options.get(CHUNKS_OPTION, 1)
@@ -87,8 +85,12 @@ class ComfyModel:
         """Remember the combined weight patches of some hooks under a key."""
         from rayltx.comfy_dist.shared_patcher import RemoteHooks
 
-        key, combined = unpack(message, known=self.module)
+        key, combined = unpack(message, private=False, known=self.module)
         self._hooks[key] = RemoteHooks(key, combined)
+
+    def forget_hooks(self, key: str) -> None:
+        """Hooks of this key do not come again."""
+        self._hooks.pop(key, None)
 
     def drop_hooks(self) -> None:
         """Undo hooks, and forget them."""
@@ -108,14 +110,23 @@ class ComfyModel:
             self._patcher = patcher
             self._loaded_for = None
 
-    def _load(self, key: Any, latent_shape: list[int], world_size: int) -> None:
-        """Put the weights on the device, as ComfyUI does before it samples; once a run, and when patches changed."""
+    def _load(self, inputs: Mapping[str, Any]) -> None:
+        """Put the weights on the device, as ComfyUI does before it samples; once a run, and when patches changed.
+
+        inputs: `load`, which is another for another run; `latent_shape` and `world_size`, of what will be sampled by how
+        many; `weight_budget`, bytes of weights at most, 0 for as many as fit.
+        """
+        budget = inputs["weight_budget"]
+        key = inputs["load"], budget
         if key == self._loaded_for:
             return
         import comfy.model_management
 
+        if budget != self._patcher.weight_budget and self._patcher.loaded_size() > 0:
+            self.unload()  # ComfyUI would leave a model that is loaded as it is
+        self._patcher.weight_budget = budget
         # The estimate is for the whole sequence; a rank holds its share.
-        memory = self._patcher.model.memory_required(latent_shape) / world_size
+        memory = self._patcher.model.memory_required(inputs["latent_shape"]) / inputs["world_size"]
         comfy.model_management.load_models_gpu([self._patcher], memory_required=memory, minimum_memory_required=memory)
         if self._loaded_for is None:
             give_back_freed_memory()  # of earlier patches
@@ -151,8 +162,8 @@ class ComfyModel:
     def preprocess_text_embeds(self, message: Message) -> Tensor:
         """The text connector of LTX-2 and later, which is part of the model. Not collective."""
         with torch.inference_mode():
-            load, args, kwargs = unpack(message)
-            self._load(load, [1, self.diffusion_model.in_channels, 1, 1, 1], 1)
+            inputs, args, kwargs = unpack(message)
+            self._load(inputs)
             device = self._patcher.load_device
             args, kwargs = _to_device((args, kwargs), device)
             return self.diffusion_model.preprocess_text_embeds(*args, **kwargs).cpu()

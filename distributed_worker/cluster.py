@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -91,6 +91,7 @@ class Cluster:
         self._models: dict[str, RemoteModel] = {}
         self._numbers = itertools.count()
         self._broken = False
+        self._lacking: set[int] = set()  # ranks that were replaced, and may not have the models yet
         self._abandoned: dict[int, ray.ObjectRef] = {}
         self._sent = SentTensors()
 
@@ -221,6 +222,8 @@ class Cluster:
     def _join(self, config: ParallelConfig) -> None:
         self.workers()
         self._config = None
+        # All at once: taking a group's communicators apart may wait for every rank of it.
+        self._call(range(len(self._actors)), "leave", "leaving the group")
         address = self._call([0], "open_store", "forming the group", self.request.group_address)[0]
         ranks = list(range(config.world_size))
         timeout_s = self.request.step_timeout_s
@@ -288,10 +291,12 @@ class Cluster:
             self._actors[rank] = self._start_actor(rank)
             self._preparing[rank] = self._prepare(self._actors[rank])
         self._infos = None
-        self._broken = False
+        self._lacking.update(gone)
         self.workers()
-        for model in self._models.values():
-            model.load_on(gone)
+        for model in list(self._models.values()):
+            model.load_on(sorted(self._lacking))
+        self._lacking.clear()
+        self._broken = False
         if config is not None:
             self._join(config)
         replaced = f"replaced rank {', '.join(map(str, gone))}" if gone else "no worker was lost"
@@ -312,16 +317,24 @@ class Cluster:
         host: str = "",
         dtypes: Mapping[str, torch.dtype] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        keeps_host_copy: bool = False,
     ) -> RemoteModel:
         """Load a checkpoint on every worker, from one copy in this machine's memory.
 
         spec: what the host class takes, next to the device. dtypes: of tensors to convert; others are left as they are.
         progress: called with (bytes that all workers have, bytes in all).
+        keeps_host_copy: whether the host keeps the shared weights when it has them on a GPU.
         """
         self.ensure_whole()
         self.workers()
         model = RemoteModel(
-            self, f"model-{next(self._numbers)}", checkpoint, spec, host or self.request.host, dtypes or {}
+            self,
+            f"model-{next(self._numbers)}",
+            checkpoint,
+            spec,
+            host or self.request.host,
+            dtypes or {},
+            keeps_host_copy,
         )
         self._models[model.model_id] = model
         try:
@@ -339,6 +352,21 @@ class Cluster:
         return self._call(range(len(self._actors)), "memory", "measuring memory")
 
 
+_Answer = TypeVar("_Answer")
+
+
+def _repeated(call: Callable[[], _Answer], what: str, repeats: int = 2) -> _Answer:
+    """The answer of a call that mends the group first. After a failure of the group it is made again, at most so often."""
+    for attempt in itertools.count():
+        try:
+            return call()
+        except ClusterError as error:
+            if isinstance(error, RanksFailedAlike) or attempt == repeats:
+                raise
+            logger.warning("%s; repeating %s", error, what)
+    raise AssertionError("unreachable")
+
+
 @dataclass
 class RemoteModel:
     """A model that the workers hold."""
@@ -349,6 +377,7 @@ class RemoteModel:
     spec: Any
     host: str
     dtypes: Mapping[str, torch.dtype]  # of tensors that are converted when they are read
+    keeps_host_copy: bool = False  # on the CPU, parameters are views on it in any case
     held_bytes: int = 0
     _chunks: list[ray.ObjectRef] = field(default_factory=list)
     _from_file: bool = False
@@ -357,7 +386,7 @@ class RemoteModel:
 
     def load_again(self, cluster: Cluster) -> RemoteModel:
         """The same model on another cluster, in place of one that was ended. Setups are not repeated."""
-        model = cluster.load(self.checkpoint, self.spec, self.host, self.dtypes)
+        model = cluster.load(self.checkpoint, self.spec, self.host, self.dtypes, keeps_host_copy=self.keeps_host_copy)
         model.refer = self.refer
         return model
 
@@ -397,8 +426,13 @@ class RemoteModel:
             for name, info in self.checkpoint.tensors.items()
         )
 
+    @property
+    def _stays_shared(self) -> bool:
+        """Whether the object store holds the weights for as long as the model lives."""
+        return self.cluster.request.device == "cpu" or self.keeps_host_copy
+
     def _fits(self) -> bool:
-        if self.cluster.request.device == "cuda":
+        if not self._stays_shared:
             largest = max(
                 sum(self.checkpoint.tensors[name].num_bytes for name in names) for names in self.checkpoint.chunks
             )
@@ -408,16 +442,16 @@ class RemoteModel:
     def _share_chunks(self, ranks: Sequence[int], what: str, progress: Callable[[int, int], None] | None) -> None:
         """Rank 0 reads the chunks into the object store, and the workers take them from there.
 
-        On the CPU the parameters stay views on the chunks, so the chunks are kept: for nothing, and a worker that has
-        to be replaced finds them there. A GPU's worker has copied a chunk when it answers, so it is let go, and the
-        store never holds more than a few.
+        Where the weights stay views on the chunks, the chunks are kept: for nothing, and a worker that has to be replaced
+        finds them there. Otherwise a GPU's worker has copied a chunk when it answers, so it is let go, and the store never
+        holds more than a few.
         """
         cluster, names = self.cluster, self.checkpoint.chunks
         if self._chunks:
             cluster._call_each(ranks, "take_chunks", [(self.model_id, *self._chunks)] * len(ranks), what)
             return
         sizes = [sum(self.checkpoint.tensors[name].num_bytes for name in part) for part in names]
-        keep = cluster.request.device == "cpu"
+        keep = self._stays_shared
         reading: list[ray.ObjectRef] = []
         for number in range(len(names)):
             ahead = names[number + len(reading) :] if keep else names[number + len(reading) : number + _CHUNKS_AHEAD]
@@ -445,14 +479,7 @@ class RemoteModel:
         A call that failed because a rank died, hung or failed alone is repeated, by a group that was mended, up to
         `repeats` times.
         """
-        for attempt in itertools.count():
-            try:
-                return self._forward(inputs, config, poll)
-            except ClusterError as error:
-                if isinstance(error, RanksFailedAlike) or attempt == repeats:
-                    raise
-                logger.warning("%s; repeating the step", error)
-        raise AssertionError("unreachable")
+        return _repeated(lambda: self._forward(inputs, config, poll), "the step", repeats)
 
     def _forward(self, inputs: Any, config: ParallelConfig, poll: Callable[[], None] | None) -> Any:
         cluster = self.cluster
@@ -469,8 +496,12 @@ class RemoteModel:
         key: a later setup with the same key takes this one's place.
         """
         cluster = self.cluster
-        cluster.ensure_whole()
-        cluster._call(range(len(cluster._actors)), "call", what, self.model_id, method, False, argument)
+
+        def call() -> None:
+            cluster.ensure_whole()
+            cluster._call(range(len(cluster._actors)), "call", what, self.model_id, method, False, argument)
+
+        _repeated(call, what)
         self._setups.pop(key, None)
         self._setups[key] = (method, argument)
 
@@ -481,15 +512,19 @@ class RemoteModel:
     def call(self, method: str, *args: Any, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
         """Call a method of the host on some workers, or on all; what they return, in order."""
         cluster = self.cluster
-        cluster.ensure_whole()
-        ranks = range(len(cluster._actors)) if ranks is None else ranks
-        return cluster._call(ranks, "call", what, self.model_id, method, False, *args)
+        wanted = range(len(cluster._actors)) if ranks is None else ranks
 
-    def tell(self, method: str) -> None:
+        def call() -> list[Any]:
+            cluster.ensure_whole()
+            return cluster._call(wanted, "call", what, self.model_id, method, False, *args)
+
+        return _repeated(call, what)
+
+    def tell(self, method: str, *args: Any) -> None:
         """Have all workers call a method of the host after what they are doing. Nothing is waited for, nor reported."""
         if self.cluster.is_alive():
             for actor in self.cluster._actors:
-                actor.run.remote("call", self.model_id, method, False)
+                actor.run.remote("call", self.model_id, method, False, *args)
 
     def call_collective(self, method: str, config: ParallelConfig, what: str) -> list[Any]:
         """Call a method of the host that takes the group, on all ranks of it."""

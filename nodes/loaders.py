@@ -89,10 +89,10 @@ class RayUNETLoader:
         self, unet_name: str, weight_dtype: str, ray_actors_init: Any, lora: Any = (), max_vram_gb: float = 0.0
     ) -> tuple[Any, Any]:
         require_packages()
-        from rayltx.comfy_dist.actors import load_actors
+        from rayltx.comfy_dist.actors import kept_by, load_actors
 
         path = _path(unet_name, _UNET_FOLDERS)
-        actors = load_actors(path, ray_actors_init, lora, max_vram_gb, weight_dtype=weight_dtype)
+        actors = load_actors(path, ray_actors_init, lora, max_vram_gb, kept_by(self), weight_dtype=weight_dtype)
         return actors, actors.model
 
 
@@ -142,11 +142,17 @@ class RayGGUFLoader:
         max_vram_gb: float = 0.0,
     ) -> tuple[Any, Any]:  # fmt: skip
         require_packages()
-        from rayltx.comfy_dist.actors import load_actors
+        from rayltx.comfy_dist.actors import kept_by, load_actors
 
         path = _path(unet_name, _gguf_folders())
         actors = load_actors(
-            path, ray_actors_init, lora, max_vram_gb, dequant_dtype=dequant_dtype, patch_dtype=patch_dtype
+            path,
+            ray_actors_init,
+            lora,
+            max_vram_gb,
+            kept_by(self),
+            dequant_dtype=dequant_dtype,
+            patch_dtype=patch_dtype,
         )
         return actors, actors.model
 

@@ -265,3 +265,68 @@ Cluster.current().shutdown()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_clone_that_goes_leaves_the_patches_of_the_one_that_samples(models):
+    """ComfyUI's patchers detach when they are collected, and a collection can come at any time."""
+    import gc
+
+    _, twin, _ = models("LTX-Video")
+    sibling, sampling = twin.clone(), twin.clone()
+    patched = object()
+    sampling.add_object_patch("model_sampling", patched)
+    before = sampling.model.model_sampling
+    sampling.patch_model()
+    del sibling
+    gc.collect()
+    assert sampling.model.model_sampling is patched
+    sampling.unpatch_model()
+    assert sampling.model.model_sampling is before
+
+
+def test_all_models_on_the_same_weights_undo_each_others_patches(models):
+    from rayltx.comfy_dist.twin import patcher_of
+
+    _, twin, _ = models("LTX-Video")
+    before = twin.model.model_sampling
+    first, second = patcher_of(twin.model), patcher_of(twin.model)
+    first.add_object_patch("model_sampling", object())
+    first.patch_model()
+    second.unpatch_model()
+    assert twin.model.model_sampling is before
+
+
+def test_another_object_is_another_patch(models):
+    """Closures that differ in what they hold alone, one after the other at the same address."""
+    from rayltx.comfy_dist.forwarding import PatchState
+
+    _, twin, _ = models("LTX-Video")
+    name = "diffusion_model.transformer_blocks.0.ff.forward"
+
+    def state(scale):
+        model = twin.clone()
+        model.object_patches[name] = lambda x: x * scale
+        return PatchState.of(model)
+
+    sent = state(1.0)
+    for number in range(50):
+        assert not state(float(number)).is_same(sent)
+    assert sent.is_same(sent)
+
+
+def test_settings_that_change_by_themselves_ask_for_the_same_workers(comfy):
+    import folder_paths
+    from comfy.cli_args import args
+
+    from rayltx.comfy_dist.bootstrap import ComfyEnvironment
+
+    before = ComfyEnvironment.of_this_process()
+    method, args.preview_method = args.preview_method, "another"
+    folder_paths.folder_names_and_paths["rayltx tests"] = ([], set())
+    try:
+        assert ComfyEnvironment.of_this_process() == before
+        args.deterministic = True
+        assert ComfyEnvironment.of_this_process() != before
+    finally:
+        args.preview_method, args.deterministic = method, False
+        del folder_paths.folder_names_and_paths["rayltx tests"]
