@@ -450,9 +450,11 @@ def test_a_cancel_takes_a_moment_and_the_queue_goes_on(server):
 
 def test_free_unloads_and_the_next_prompt_samples(server):
     compare(server, "LTX-Video", ksampler)
+    before = loads(server)
     server.post("/free", {"unload_models": True, "free_memory": True})
     time.sleep(1.0)
     compare(server, "LTX-Video", ksampler)
+    assert loads(server) > before  # the host's memory had been given back, too
 
 
 def test_killing_the_workers_and_sampling_again(server):

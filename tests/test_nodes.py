@@ -1,0 +1,129 @@
+"""The nodes' schema against what shared workflow files hold, and the logic behind them that needs no ComfyUI."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from rayltx.comfy_dist.attention_names import attention_arguments
+from rayltx.comfy_dist.sampling import SamplingRange
+from rayltx.errors import InputError
+from rayltx.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from rayltx.nodes.initializers import RayInitializer, RayInitializerAdvanced
+
+# The widgets of Raylight 1.5.1, by whose order files store values.
+INITIALIZER = [
+    "ray_cluster_address", "ray_cluster_namespace", "GPU", "ulysses_degree", "ring_degree", "cfg_degree", "dp_degree",
+    "sync_ulysses", "clear_vram_after_sampling", "FSDP", "FSDP_CPU_OFFLOAD", "XFuser_attention", "skip_comm_test", "use_mmap",
+]  # fmt: skip
+ADVANCED = [
+    "ray_cluster_address", "ray_cluster_namespace", "GPU", "GPU_SELECT", "ulysses_degree", "ring_degree",
+    "clear_vram_after_sampling", "cfg_degree", "dp_degree", "sync_ulysses", "FSDP", "FSDP_CPU_OFFLOAD", "XFuser_attention",
+    "skip_comm_test", "use_mmap", "ray_object_store_gb", "ray_dashboard_address", "torch_dist_address",
+]  # fmt: skip
+ATTENTION_OF_EVERY_STATE = [
+    "TORCH", "TORCH_FLASH", "TORCH_EFFICIENT", "TORCH_MATH", "TORCH_CUDNN", "FA", "FLASH_ATTN", "FA3", "FLASH_ATTN_3",
+    "SAGE_AUTO_DETECT", "SAGE_FP16_TRITON", "SAGE_FP16_CUDA", "SAGE_FP8_CUDA", "SAGE_FP8_SM90", "AITER", "AITER_ROCM",
+]  # fmt: skip
+
+
+def widgets(node):
+    groups = node.INPUT_TYPES()
+    return [*groups["required"], *groups["optional"]]
+
+
+@pytest.mark.parametrize("node, order", [(RayInitializer, INITIALIZER), (RayInitializerAdvanced, ADVANCED)])
+def test_files_store_values_in_this_order(node, order):
+    assert widgets(node)[: len(order)] == order
+
+
+def test_an_api_file_of_any_state_has_what_is_required():
+    """Those of January 2026 have neither dp_degree nor what came later; the advanced node's order differs."""
+    oldest = {
+        "ray_cluster_address", "ray_cluster_namespace", "GPU", "ulysses_degree", "ring_degree", "cfg_degree", "sync_ulysses",
+        "FSDP", "FSDP_CPU_OFFLOAD", "XFuser_attention",
+    }  # fmt: skip
+    for node in (RayInitializer, RayInitializerAdvanced):
+        assert set(node.INPUT_TYPES()["required"]) <= oldest
+        assert set(ATTENTION_OF_EVERY_STATE) <= set(node.INPUT_TYPES()["optional"]["XFuser_attention"][0])
+
+
+def test_bounds_are_fixed_numbers_and_cfg_degree_takes_an_old_boolean():
+    for node in (RayInitializer, RayInitializerAdvanced):
+        for group in node.INPUT_TYPES().values():
+            assert all(isinstance(definition[1].get("max", 0), (int, float)) for definition in group.values())
+    cfg = RayInitializer.INPUT_TYPES()["required"]["cfg_degree"][1]
+    assert cfg["min"] <= int(False) and cfg["max"] >= 2
+
+
+def test_a_shifted_value_is_named_with_the_order():
+    message = RayInitializer.VALIDATE_INPUTS(XFuser_attention=False)
+    assert "XFuser_attention=False" in message and ", ".join(INITIALIZER) in message
+    assert RayInitializer.VALIDATE_INPUTS(XFuser_attention="SAGE_FP8_CUDA") is True
+
+
+def test_every_node_has_a_name_and_says_what_it_does():
+    assert NODE_CLASS_MAPPINGS.keys() == NODE_DISPLAY_NAME_MAPPINGS.keys()
+    for node in NODE_CLASS_MAPPINGS.values():
+        assert node.DESCRIPTION and node.CATEGORY.startswith("Raylight")
+        assert (
+            len(node.RETURN_TYPES)
+            == len(getattr(node, "OUTPUT_TOOLTIPS", ()))
+            == len(getattr(node, "RETURN_NAMES", ()))
+        )
+
+
+# ---- attention names
+
+
+@pytest.mark.parametrize("name", ATTENTION_OF_EVERY_STATE)
+def test_an_attention_name_chooses_one_kernel(name):
+    arguments = attention_arguments(name)
+    assert sum(arguments.values()) == 1
+
+
+def test_what_is_not_installed_falls_back_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert attention_arguments("SAGE_FP8_CUDA")["use_pytorch_cross_attention"]
+    assert "SAGE_FP8_CUDA" in caplog.text and "sageattention" in caplog.text
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert attention_arguments("SAGE_FP8_CUDA")["use_sage_attention"]
+    assert attention_arguments("FLASH_ATTN_3")["use_flash_attention"]
+
+
+def test_an_attention_name_that_never_was():
+    with pytest.raises(InputError, match="XFuser_attention='local' must be one of TORCH"):
+        attention_arguments("local")
+
+
+# ---- external sigmas
+
+SIGMAS = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize(
+    "part, expected",
+    [
+        (SamplingRange(), [1.0, 0.8, 0.6, 0.4, 0.0]),  # without leftover noise, to the end
+        (SamplingRange(return_with_leftover_noise=True), [1.0, 0.8, 0.6, 0.4, 0.2]),
+        (SamplingRange(1, 3), [0.8, 0.6, 0.0]),
+        (SamplingRange(1, 3, return_with_leftover_noise=True), [0.8, 0.6, 0.4]),
+        (SamplingRange(2), [0.6, 0.4, 0.0]),
+        (SamplingRange(denoise=0.5), [0.6, 0.4, 0.0]),
+        (SamplingRange(1, denoise=0.5), [0.4, 0.0]),  # the range counts within what denoise keeps
+        (SamplingRange(4), [0.2]),  # nothing to sample
+        (SamplingRange(7), []),
+        (SamplingRange(denoise=0.0), [0.2]),
+    ],
+)
+def test_the_part_of_external_sigmas_that_a_pass_samples(part, expected):
+    assert part.of(SIGMAS).tolist() == pytest.approx(expected)
+    assert SIGMAS[-1] == pytest.approx(0.2)  # the given ones stay
+
+
+def test_two_passes_meet():
+    first, second = SamplingRange(0, 2, return_with_leftover_noise=True).of(SIGMAS), SamplingRange(2).of(SIGMAS)
+    assert first[-1] == second[0]
