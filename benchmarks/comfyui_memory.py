@@ -37,8 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     request = ClusterRequest(workers=arguments.workers)
     with comfyui_cluster(arguments.comfyui, request) as cluster, tempfile.TemporaryDirectory() as folder:
+        from rayltx.comfy_dist.link import Placement
         from rayltx.comfy_dist.tiny_checkpoints import save_tiny_checkpoint
-        from rayltx.comfy_dist.twin import Placement, load_twin
+        from rayltx.comfy_dist.twin import load_twin
 
         path = Path(folder) / "model.safetensors"
         layers = -(-int(arguments.gib * 2**30) // int(16 * WIDTH**2 * BYTES.get(arguments.type, 4)))

@@ -151,7 +151,8 @@ def _in_comfyui(
     if weight_dtype is None:
         raise InputError(f"dtype={options.dtype} is not one that ComfyUI's loader takes; use file, bfloat16 or float16")
     with comfyui_cluster(options.comfyui, request) as cluster:
-        from rayltx.comfy_dist.twin import LoadOptions, Placement, load_twin
+        from rayltx.comfy_dist.link import Placement
+        from rayltx.comfy_dist.twin import LoadOptions, load_twin
 
         with _progress("starting the workers") as (bar, task):
             cluster.workers()

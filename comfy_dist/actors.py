@@ -9,10 +9,11 @@ from typing import Any
 
 import comfy.utils
 
+from rayltx.comfy_dist.link import Placement
 from rayltx.comfy_dist.loading import Kept, loaded_models
 from rayltx.comfy_dist.lora_files import LoraFile
 from rayltx.comfy_dist.loras import with_loras
-from rayltx.comfy_dist.twin import LoadOptions, Placement, TwinPatcher
+from rayltx.comfy_dist.twin import LoadOptions, TwinPatcher
 
 _PROGRESS_STEPS = 100
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rayltx.comfy_dist.twin import LoadOptions, Placement, TwinPatcher, load_twin, patcher_of, wait_for_releases
+from rayltx.comfy_dist.link import Placement
+from rayltx.comfy_dist.releasing import wait_for_releases
+from rayltx.comfy_dist.twin import LoadOptions, TwinPatcher, load_twin, patcher_of
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def comfy():
 @pytest.fixture(scope="session")
 def cluster(comfy):
     from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-    from rayltx.comfy_dist.twin import HOST
+    from rayltx.comfy_dist.link import HOST
     from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 
     torch.set_num_threads(1)
@@ -52,7 +52,8 @@ def models(cluster, tmp_path_factory):
     import comfy.sd
     from comfy_models import save_tiny_checkpoint
 
-    from rayltx.comfy_dist.twin import Placement, load_twin
+    from rayltx.comfy_dist.link import Placement
+    from rayltx.comfy_dist.twin import load_twin
 
     folder = tmp_path_factory.mktemp("checkpoints")
     loaded = {}

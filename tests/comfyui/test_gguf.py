@@ -36,7 +36,8 @@ def files(comfy, tmp_path_factory):
 
 @pytest.fixture
 def load(cluster):
-    from rayltx.comfy_dist.twin import LoadOptions, Placement, load_twin
+    from rayltx.comfy_dist.link import Placement
+    from rayltx.comfy_dist.twin import LoadOptions, load_twin
 
     def run(path, ranks=2, budget=0, **options):
         placement = Placement(cluster.request, ParallelConfig(ranks, 1), weight_budget=budget)

@@ -31,7 +31,8 @@ def still_usable(models):
 
 @pytest.fixture
 def load(cluster):
-    from rayltx.comfy_dist.twin import Placement, load_twin
+    from rayltx.comfy_dist.link import Placement
+    from rayltx.comfy_dist.twin import load_twin
 
     return lambda path: load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)))
 
@@ -143,7 +144,8 @@ from comfy_models import set_up_comfyui
 set_up_comfyui({str(find_comfyui())!r})
 from rayltx.comfy_dist import verdicts
 from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-from rayltx.comfy_dist.twin import HOST, Placement, load_twin
+from rayltx.comfy_dist.link import HOST, Placement
+from rayltx.comfy_dist.twin import load_twin
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.errors import SelfTestError
 from rayltx.sequence_parallel.partition import ParallelConfig

@@ -142,7 +142,8 @@ def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, ve
     import comfy.sd
     from comfy_models import quantise
 
-    from rayltx.comfy_dist.twin import LoadOptions, Placement, load_twin
+    from rayltx.comfy_dist.link import Placement
+    from rayltx.comfy_dist.twin import LoadOptions, load_twin
 
     path = tmp_path / "model.safetensors"
     save_tiny_checkpoint(path, version, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
@@ -190,7 +191,8 @@ def test_the_workers_weights_are_freed_with_the_model(cluster, tmp_path):
     import gc
     import time
 
-    from rayltx.comfy_dist.twin import Placement, load_twin
+    from rayltx.comfy_dist.link import Placement
+    from rayltx.comfy_dist.twin import load_twin
 
     path = tmp_path / "model.safetensors"
     save_tiny_checkpoint(path, "LTX-Video")
@@ -250,7 +252,8 @@ import torch, comfy_scenarios as scenarios
 from comfy_models import CONFIGS, set_up_comfyui
 set_up_comfyui({str(find_comfyui())!r})
 from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-from rayltx.comfy_dist.twin import HOST, Placement, load_twin
+from rayltx.comfy_dist.link import HOST, Placement
+from rayltx.comfy_dist.twin import load_twin
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.sequence_parallel.partition import ParallelConfig
 environment = ComfyEnvironment.headless({str(find_comfyui())!r}, cpu=True)

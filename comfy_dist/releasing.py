@@ -1,0 +1,60 @@
+"""Releases the workers' models whose MODEL is gone.
+
+In a thread of its own: the finaliser of a MODEL may run inside of Ray's own locks.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import queue
+import threading
+import weakref
+from typing import Any
+
+from rayltx.comfy_dist.link import Link
+
+logger = logging.getLogger(__name__)
+
+# Of links whose MODEL is gone; an Event asks to be set when all before it are done. A SimpleQueue can be put to in a
+# finaliser, whatever is going on in the thread that it interrupts.
+_orphans: queue.SimpleQueue[Link | threading.Event] = queue.SimpleQueue()
+_RELEASE_TIMEOUT_S = 30.0
+
+
+@functools.cache
+def _janitor() -> threading.Thread:
+    """Releases models whose MODEL is gone. In a thread: a finaliser may run inside of Ray's own locks."""
+
+    def work() -> None:
+        while True:
+            orphan = _orphans.get()
+            if isinstance(orphan, threading.Event):
+                orphan.set()
+                continue
+            try:
+                orphan.remote.release_unless_busy()
+            except Exception:  # the thread must go on
+                logger.exception("a model could not be released")
+            del orphan
+
+    thread = threading.Thread(target=work, name="rayltx-janitor", daemon=True)
+    thread.start()
+    return thread
+
+
+def wait_for_releases() -> None:
+    """Return when the workers have been told to forget every model whose MODEL is gone."""
+    gc.collect()
+    done = threading.Event()
+    _janitor()
+    _orphans.put(done)
+    if not done.wait(_RELEASE_TIMEOUT_S):
+        logger.warning("models that are no longer used were not released within %.0f s", _RELEASE_TIMEOUT_S)
+
+
+def release_with(base_model: Any, link: Link) -> None:
+    """Let the workers forget the model when ComfyUI's `base_model` is collected."""
+    _janitor()
+    weakref.finalize(base_model, _orphans.put, link).atexit = False
