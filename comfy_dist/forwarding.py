@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -125,19 +126,26 @@ def register_unimportable_modules() -> None:
     """
     import folder_paths
 
-    comfyui = Path(folder_paths.__file__).resolve().parent
-    installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not isinstance(file, str) or name == "__main__" or name.split(".")[0] == "rayltx":
             continue
-        parents = Path(file).resolve().parents
-        unimportable = "/" in name or "\\" in name
-        if not unimportable and not _INSTALLED.isdisjoint(Path(file).parts):
-            continue  # also a user's own, and a system's that a virtual environment sees
-        of_comfyui = comfyui in parents and comfyui / "custom_nodes" not in parents
-        if unimportable or not (of_comfyui or any(folder in parents for folder in installed)):
+        if not _is_importable(name, file, folder_paths.__file__):
             cloudpickle.register_pickle_by_value(module)
+
+
+@functools.cache  # there are thousands of modules, and this is asked before every sampling
+def _is_importable(name: str, file: str, folder_paths_file: str) -> bool:
+    """Whether a worker can import a module of this process by its name."""
+    if "/" in name or "\\" in name:
+        return False
+    if not _INSTALLED.isdisjoint(Path(file).parts):
+        return True  # also a user's own, and a system's that a virtual environment sees
+    parents = Path(file).resolve().parents
+    comfyui = Path(folder_paths_file).resolve().parent
+    if comfyui in parents:
+        return comfyui / "custom_nodes" not in parents
+    return any(Path(path).resolve() in parents for path in sysconfig.get_paths().values())
 
 
 def check_sendable(items: Mapping[str, Any], what: str, refer: Refer) -> None:

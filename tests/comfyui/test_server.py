@@ -312,7 +312,9 @@ XFUSER = {
 
 
 @pytest.mark.parametrize("case", XFUSER)
-@pytest.mark.parametrize("version", [pytest.param("LTX-Video", marks=pytest.mark.slow), "LTX-2"])
+@pytest.mark.parametrize(
+    "version", ["LTX-2", *(pytest.param(v, marks=pytest.mark.slow) for v in CONFIGS if v != "LTX-2")]
+)
 def test_xfuser_nodes(server, version, case):
     ours, standard = XFUSER[case]
     expected, found = Workflow(version), Workflow(version)
