@@ -10,13 +10,14 @@ import torch
 
 from rayltx.comfy_dist.tiny_checkpoints import CONFIGS, model_class, save_tiny_checkpoint  # noqa: F401
 
-# The oldest and a new one each time; those between, which share their code, with `-m slow`.
-VERSIONS = [
-    "LTX-Video",
-    pytest.param("LTX-2", marks=pytest.mark.slow),
-    "LTX-2.3",
-    pytest.param("LTX-2.5", marks=pytest.mark.slow),
-]
+
+def slow(*values):
+    """Parameters of a test that are left to `-m slow`."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+# The one that has most of what the others have each time; those with `-m slow`.
+VERSIONS = ["LTX-2.3", *slow("LTX-Video", "LTX-2", "LTX-2.5")]
 
 
 def set_up_comfyui(path: str) -> None:

@@ -12,7 +12,7 @@ from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS, save_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy_scenarios as scenarios
 import pytest
 import torch
-from comfy_models import CONFIGS, VERSIONS, quantise, save_tiny_checkpoint
+from comfy_models import CONFIGS, VERSIONS, quantise, save_tiny_checkpoint, slow
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -63,7 +63,7 @@ def whole(path):
         return comfy.sd.load_diffusion_model(str(path))
 
 
-@pytest.mark.parametrize("type", ["F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("type", ["Q4_0", *slow("F16", "Q8_0")])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_two_workers_equal_one_and_the_same_weights_dequantised(files, load, version, type):
     quantised, plain = files(version, type)
@@ -78,7 +78,7 @@ def test_two_workers_equal_one_and_the_same_weights_dequantised(files, load, ver
     assert difference(two, sample(whole(plain), version)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("type", ["Q4_1", "Q5_0", "Q5_1", "BF16"])
+@pytest.mark.parametrize("type", slow("Q4_1", "Q5_0", "Q5_1", "BF16"))
 def test_other_types(files, load, type):
     quantised, plain = files("LTX-2", type)
     assert difference(sample(load(quantised), "LTX-2"), sample(whole(plain), "LTX-2")) <= TOLERANCE
@@ -133,7 +133,7 @@ def test_a_file_that_cannot_be_is_refused_before_any_worker_allocates(files, loa
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf"])
-@pytest.mark.parametrize("version", ["LTX-2", "LTX-2.3", "LTX-2.5"])
+@pytest.mark.parametrize("version", ["LTX-2.3", *slow("LTX-2", "LTX-2.5")])
 def test_a_file_without_its_text_connector(load, tmp_path, version, kind):
     """As some publish them, with the connector next to the text encoder. Text that went through it is all that is needed."""
     from rayltx.errors import InputError
@@ -244,7 +244,7 @@ def bases(files, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", *slow("dora", "loha", "lokr")])
 @pytest.mark.parametrize("base", ["float32", "bf16", "fp8", "fp8 scaled", "Q8_0"])
 def test_a_lora_is_its_delta_on_the_weights(bases, load, tmp_path, base, kind):
     import comfy.sd
@@ -283,7 +283,7 @@ def test_several_loras_and_hooks_on_quantised_weights(bases, load, base):
         assert difference(sample(twin, "LTX-Video", scenario), sample(expected, "LTX-Video", scenario)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("base", ["float32", "fp8", "fp8 scaled", "Q8_0"])
+@pytest.mark.parametrize("base", ["Q8_0", *slow("float32", "fp8", "fp8 scaled")])
 def test_a_small_budget_streams_the_rest(bases, load, base):
     """As on a card that is too small: layers beyond the budget stay with the shared copy, and come when they are used."""
     path, _ = bases(base)

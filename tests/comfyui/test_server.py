@@ -6,7 +6,7 @@ import time
 
 import pytest
 from comfy_checkout import find_comfyui
-from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint
+from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint, slow
 from comfy_server import Graph, PromptFailed, Server
 from safetensors.torch import load_file, save_file
 
@@ -312,9 +312,7 @@ XFUSER = {
 
 
 @pytest.mark.parametrize("case", XFUSER)
-@pytest.mark.parametrize(
-    "version", ["LTX-2", *(pytest.param(v, marks=pytest.mark.slow) for v in CONFIGS if v != "LTX-2")]
-)
+@pytest.mark.parametrize("version", ["LTX-2", *slow("LTX-Video", "LTX-2.3", "LTX-2.5")])
 def test_xfuser_nodes(server, version, case):
     ours, standard = XFUSER[case]
     expected, found = Workflow(version), Workflow(version)
@@ -475,7 +473,7 @@ def test_killing_the_workers_and_sampling_again(server):
 # ---- three workers: another cluster in the place of the first
 
 
-@pytest.mark.parametrize("ring", [1, 3])
+@pytest.mark.parametrize("ring", [1, *slow(3)])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_three_workers(server, version, ring):
     compare(server, version, ksampler, workers=3, ring=ring)

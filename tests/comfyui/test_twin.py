@@ -1,5 +1,6 @@
 """A MODEL on several workers against the same ComfyUI in one process: final latents of whole sampling runs."""
 
+import copy
 import importlib
 import inspect
 import json
@@ -10,7 +11,7 @@ import comfy_scenarios as scenarios
 import pytest
 import torch
 from comfy_checkout import find_comfyui
-from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint
+from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint, slow
 
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -136,9 +137,20 @@ class GrowingBlock:
         return {"img": out["img"] * (1.0 + 0.01 * self.calls)}
 
 
+def _patch_at_use(monkeypatch):
+    """Have ComfyUI itself compute LoRAs where the weight is used, as it does on a card that is too small.
+
+    Elsewhere it rounds the patched weight to fp8 again, by chance even; the workers never do.
+    """
+    from comfy.model_patcher import ModelPatcher
+
+    load = ModelPatcher.load
+    monkeypatch.setattr(ModelPatcher, "load", lambda self, device, *args, **kwargs: load(self, device, 1))
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8 raw", "fp8 scaled", "as fp8_e4m3fn", "as bf16"])
-@pytest.mark.parametrize("version", ["LTX-Video", "LTX-2.3"])
-def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, version, kind):
+@pytest.mark.parametrize("version", ["LTX-2.3", *slow("LTX-Video")])
+def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, monkeypatch, version, kind):
     import comfy.sd
     from comfy_models import quantise
 
@@ -156,6 +168,8 @@ def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, ve
         twin = load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)), LoadOptions(weight_dtype))
         before = twin.link.remote.digest()
         for scenario in (scenarios.euler, scenarios.lora):
+            if scenario is scenarios.lora and kind in ("fp8 scaled", "as fp8_e4m3fn"):
+                _patch_at_use(monkeypatch)
             reference, out = (scenarios.tensors_of(scenario(m, version, CONFIGS[version])) for m in (whole, twin))
             error = max(((a - b).norm() / b.norm()).item() for a, b in zip(out, reference))
             # In bfloat16 a step's rounding is 4e-3, and 2 ranks round as often as one.
@@ -239,6 +253,7 @@ def test_a_worker_that_dies_while_sampling_changes_nothing(models, cluster, capl
     assert max(((a - b).norm() / b.norm()).item() for a, b in zip(out, reference)) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_model_whose_cluster_was_ended_starts_it_again(cluster, tmp_path):
     """In a process of its own: a process has one cluster."""
     import subprocess
@@ -276,7 +291,7 @@ def test_a_clone_that_goes_leaves_the_patches_of_the_one_that_samples(models):
 
     _, twin, _ = models("LTX-Video")
     sibling, sampling = twin.clone(), twin.clone()
-    patched = object()
+    patched = copy.deepcopy(twin.model.model_sampling)
     sampling.add_object_patch("model_sampling", patched)
     before = sampling.model.model_sampling
     sampling.patch_model()
@@ -293,7 +308,7 @@ def test_all_models_on_the_same_weights_undo_each_others_patches(models):
     _, twin, _ = models("LTX-Video")
     before = twin.model.model_sampling
     first, second = patcher_of(twin.model), patcher_of(twin.model)
-    first.add_object_patch("model_sampling", object())
+    first.add_object_patch("model_sampling", copy.deepcopy(before))
     first.patch_model()
     second.unpatch_model()
     assert twin.model.model_sampling is before
