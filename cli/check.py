@@ -42,6 +42,8 @@ def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None
     that is not known.
     """
     request, _ = options.resolve()
+    if comfyui is None:
+        _check_versions(versions)
     configs = degrees_up_to(request.workers)
     title = f"ComfyUI at {comfyui}" if comfyui else "diffusers"
     table = Table(
@@ -77,6 +79,14 @@ def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None
     return exact
 
 
+def _check_versions(versions: list[str]) -> None:
+    from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS
+
+    unknown = sorted(set(versions) - set(TRANSFORMER_CONFIGS))
+    if unknown:
+        raise InputError(f"model={', '.join(unknown)} must be one of {', '.join(TRANSFORMER_CONFIGS)}")
+
+
 def _cell(error: float | str) -> str:
     if isinstance(error, str):
         return f"[bold red]{error}[/]"
@@ -108,9 +118,6 @@ def _diffusers_errors(
     from rayltx.diffusion_models.lightricks.exactness import cases_for, untouched_forward, worst_error
     from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
 
-    unknown = sorted(set(versions) - set(TRANSFORMER_CONFIGS))
-    if unknown:
-        raise InputError(f"model={', '.join(unknown)} must be one of {', '.join(TRANSFORMER_CONFIGS)}")
     with Cluster.start(request) as cluster:
         for version in versions or TRANSFORMER_CONFIGS:
             path = folder / f"{version}.safetensors"

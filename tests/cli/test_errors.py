@@ -49,7 +49,7 @@ CASES = [
     (["generate", "--conditioning", "{}/nothing"], "no such file"),
     (["generate", "--conditioning", "{}/misnamed.safetensors"], "holds `context`"),
     (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors"], "needs text conditioning"),
-    (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", "--conditioning", NARROW], "another LTX version"),
+    (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", "--conditioning", NARROW, "--cfg", "1"], "another LTX version"),
     (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", "--conditioning", TEXT], "needs negative conditioning"),
     (["generate", "{}/ltx.safetensors"], "through its VAE"),
     (["generate", "--output", "{}/clip.avi"], "must end with .mp4"),
