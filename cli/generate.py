@@ -18,6 +18,7 @@ from torch import Tensor
 from rayltx.about import ROOT
 from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.cli.conditioning import load_conditioning
+from rayltx.cli.interrupts import check_interrupted
 from rayltx.cli.outputs import check_outputs, write_output
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
@@ -187,7 +188,12 @@ def _sample(
     def timed(config: ParallelConfig) -> tuple[dict[str, Tensor], float]:
         with _progress(f"sampling on {_describe(config)}", total=steps) as (bar, task):
             started = time.monotonic()
-            latents = sample_on(config, lambda step, latents: bar.update(task, completed=step))
+
+            def on_step(step: int, latents: dict[str, Tensor]) -> None:
+                check_interrupted()
+                bar.update(task, completed=step)
+
+            latents = sample_on(config, on_step)
             return latents, time.monotonic() - started
 
     latents, seconds = timed(config)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from rayltx.about import VERSION
+from rayltx.cli.interrupts import remembered_interrupts
 from rayltx.errors import RayLTXError, UserError
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ def main() -> None:
     """Run the command. Exit code 2 for what the user can mend, 1 for what failed, with one message each."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about a future default of Ray
     try:
-        app()
+        with remembered_interrupts():
+            app()
     except UserError as error:
         print(f"rayltx: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
