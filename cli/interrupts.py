@@ -1,7 +1,8 @@
 """Ctrl-C that cannot get lost.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be, and some places swallow it: a callback from
-compiled code, a finaliser. The wish to stop is therefore remembered, and looked at between steps.
+compiled code, a finaliser. A command that a script starts in the background inherits it ignored. So it is always taken,
+remembered, and looked at between steps.
 """
 
 from __future__ import annotations
