@@ -22,7 +22,7 @@ from comfy_checkout import find_comfyui
 from comfy_models import save_tiny_checkpoint
 from comfy_server import ROOT, Server
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 # ComfyUI cannot serve the web folder of a pack whose folder's name has a space in it (aiohttp compares the quoted name
 # with the unquoted one). This is the name that a browser gives to a second download from GitHub.

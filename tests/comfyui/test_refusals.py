@@ -134,6 +134,7 @@ def test_a_model_without_weights_cannot_be_merged_or_saved(models):
             attempt()
 
 
+@pytest.mark.slow
 def test_a_changed_comfyui_is_refused_at_load_and_nothing_is_sampled(tmp_path):
     """The whole way: a worker's ComfyUI was changed; loading says so, and the same cluster can be used."""
     path = tmp_path / "model.safetensors"
