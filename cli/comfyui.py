@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayltx.comfy_dist.bootstrap import ComfyEnvironment, enter, is_comfyui
+from rayltx.comfy_dist.bootstrap import HOST, ComfyEnvironment, enter, is_comfyui
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.partition import ParallelConfig
-
-HOST = "rayltx.comfy_dist.worker_model:ComfyModel"
 
 
 @contextmanager

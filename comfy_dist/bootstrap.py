@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+HOST = "rayltx.comfy_dist.worker_model:ComfyModel"
 _PER_PROMPT = ("preview_method",)  # arguments that ComfyUI sets anew for each prompt
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from rayltx.comfy_dist.attention_names import attention_arguments
-from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-from rayltx.comfy_dist.link import HOST, Placement
+from rayltx.comfy_dist.bootstrap import HOST, ComfyEnvironment
+from rayltx.comfy_dist.link import Placement
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
 from rayltx.errors import DeviceError, InputError, ParallelConfigError, UnsupportedError

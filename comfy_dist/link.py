@@ -33,8 +33,6 @@ from rayltx.distributed_worker.messages import Message, SharedTensors, pack
 from rayltx.errors import InputError, ParallelConfigError, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
-HOST = "rayltx.comfy_dist.worker_model:ComfyModel"
-
 logger = logging.getLogger(__name__)
 
 

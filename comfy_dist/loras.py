@@ -41,8 +41,7 @@ def _with_lora(model: Any, lora: LoraFile) -> Any:
         raise InputError(
             f"{name}: none of its {len(tensors)} tensors ({shown}, ...) fits this model; it is a LoRA for another one"
         )
-    wrong = misfits({key: [(1.0, patch, 1.0, None, None)] for key, patch in patches.items() if isinstance(key, str)},
-                    getattr(model.model.diffusion_model, LINK).state_dict, MODEL_PREFIX)  # fmt: skip
+    wrong = misfits(clone.patches, getattr(model.model.diffusion_model, LINK).state_dict, MODEL_PREFIX)
     if wrong:
         raise InputError(f"{name}: it is a LoRA for another model: {'; '.join(wrong[:3])}")
     left = _unmatched(tensors, {name for name, target in key_map.items() if _name(target) in fitting})

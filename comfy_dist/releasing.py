@@ -25,7 +25,6 @@ _RELEASE_TIMEOUT_S = 30.0
 
 @functools.cache
 def _janitor() -> threading.Thread:
-    """Releases models whose MODEL is gone. In a thread: a finaliser may run inside of Ray's own locks."""
 
     def work() -> None:
         while True:

@@ -23,11 +23,12 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from rayltx.comfy_dist.bootstrap import HOST
 from rayltx.comfy_dist.detection import detect
 from rayltx.comfy_dist.forwarding import (
     is_local,
 )
-from rayltx.comfy_dist.link import HOST, Link, Placement
+from rayltx.comfy_dist.link import Link, Placement
 from rayltx.comfy_dist.marks import LINK
 from rayltx.comfy_dist.releasing import release_with
 from rayltx.distributed_worker.cluster import Cluster
@@ -231,7 +232,10 @@ def patcher_of(base_model: Any) -> TwinPatcher:
 
 
 def _share_memory_estimate(base_model: Any, link: Link) -> None:
-    """ComfyUI decides by it whether positive and negative go in one batch: a rank holds its share of the tokens."""
+    """ComfyUI decides by it whether positive and negative go in one batch: a rank holds its share of the tokens.
+
+    It asks before it samples, which is also how the link learns the shape of what is to come.
+    """
     whole = base_model.memory_required
 
     def memory_required(input_shape: Any, *args: Any, **kwargs: Any) -> float:

@@ -116,7 +116,6 @@ class Worker:
         """Rank 0 offers the group a meeting point, at an address (host:port), or on a port that is free. Returns it."""
         host, _, port = address.rpartition(":")
         host = host or ray.util.get_node_ip_address()
-        self.leave()
         self._store = None  # the port of an earlier group is free again
         self._store = dist.TCPStore(host, int(port or 0), is_master=True, wait_for_workers=False)
         return host, self._store.port

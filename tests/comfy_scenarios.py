@@ -5,10 +5,12 @@ Everything is made from seeds, so that two calls differ only in the MODEL.
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
 
+from rayltx.comfy_dist.comfy_nodes import call_node
 from rayltx.demo.pixels import latent_to_pixels, pixels_to_latent
 
 FRAMES, HEIGHT, WIDTH, AUDIO_TOKENS, TEXT_TOKENS = 3, 5, 7, 11, 9
@@ -40,15 +42,7 @@ class LinearAudioVAE:
 
 def node(module, name):
     """A function that calls a node of ComfyUI, of its old or its new kind, and returns its outputs as a tuple."""
-    node_class = getattr(importlib.import_module(module), name)
-
-    def call(**kwargs):
-        if hasattr(node_class, "define_schema"):
-            out = node_class.execute(**kwargs)
-            return tuple(out.result)
-        return tuple(getattr(node_class(), node_class.FUNCTION)(**kwargs))
-
-    return call
+    return functools.partial(call_node, module, name)
 
 
 class Workspace:

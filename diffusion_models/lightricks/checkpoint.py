@@ -24,7 +24,7 @@ from torch import Tensor
 from rayltx.errors import CheckpointError
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_LTX_MARKS = ("adaln_single.emb.timestep_embedder.linear_1.bias", "patchify_proj.weight")
+LTX_MARKS = ("adaln_single.emb.timestep_embedder.linear_1.bias", "patchify_proj.weight")
 _AUDIO_MARK = "audio_adaln_single.linear.weight"
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
@@ -165,11 +165,11 @@ def _looks_like_pickle(path: Path) -> bool:
 
 def _transformer_prefix(path: Path, names: Mapping[str, Any]) -> str:
     for prefix in (*PREFIXES, ""):
-        if all(prefix + mark in names for mark in _LTX_MARKS):
+        if all(prefix + mark in names for mark in LTX_MARKS):
             return prefix
     shown = ", ".join(sorted(names)[:3]) or "none"
     raise CheckpointError(
-        f"{path}: not an LTX transformer: there is no {_LTX_MARKS[0]} among its {len(names)} tensors ({shown}, ...)"
+        f"{path}: not an LTX transformer: there is no {LTX_MARKS[0]} among its {len(names)} tensors ({shown}, ...)"
     )
 
 

@@ -26,9 +26,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rayltx.diffusion_models.lightricks.checkpoint import LTX_MARKS
 from rayltx.errors import CheckpointError, InputError, UnsupportedError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
-from rayltx.expansion.comfyui_gguf.loader import LTX_MARKS, find_prefix
+from rayltx.expansion.comfyui_gguf.loader import find_prefix
 from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES, num_bytes
 from rayltx.expansion.comfyui_gguf.reading import ORIGINAL_SHAPE, GGUFFile, open_gguf
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from rayltx.diffusion_models.lightricks.checkpoint import LTX_MARKS, PREFIXES
 from rayltx.errors import CheckpointError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
 from rayltx.expansion.comfyui_gguf.reading import GGUFFile, open_gguf
 
 logger = logging.getLogger(__name__)
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-LTX_MARKS = ("adaln_single.emb.timestep_embedder.linear_1.bias", "patchify_proj.weight")
 LTX_ARCHITECTURES = ("ltxv", "ltxav", "ltx2", "ltx")
 _TEXT_ARCHITECTURES = (
     "t5", "t5encoder", "llama", "gemma", "gemma2", "gemma3", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "clip", "mistral3",

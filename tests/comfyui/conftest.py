@@ -35,8 +35,7 @@ def comfy():
 
 @pytest.fixture(scope="session")
 def cluster(comfy):
-    from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-    from rayltx.comfy_dist.link import HOST
+    from rayltx.comfy_dist.bootstrap import HOST, ComfyEnvironment
     from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 
     torch.set_num_threads(1)

@@ -145,7 +145,8 @@ from comfy_models import set_up_comfyui
 set_up_comfyui({str(find_comfyui())!r})
 from rayltx.comfy_dist import verdicts
 from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-from rayltx.comfy_dist.link import HOST, Placement
+from rayltx.comfy_dist.bootstrap import HOST
+from rayltx.comfy_dist.link import Placement
 from rayltx.comfy_dist.twin import load_twin
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.errors import SelfTestError

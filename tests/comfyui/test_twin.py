@@ -267,7 +267,8 @@ import torch, comfy_scenarios as scenarios
 from comfy_models import CONFIGS, set_up_comfyui
 set_up_comfyui({str(find_comfyui())!r})
 from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-from rayltx.comfy_dist.link import HOST, Placement
+from rayltx.comfy_dist.bootstrap import HOST
+from rayltx.comfy_dist.link import Placement
 from rayltx.comfy_dist.twin import load_twin
 from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
 from rayltx.sequence_parallel.partition import ParallelConfig
