@@ -17,8 +17,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "importable"))
 
 import torch
 
-from rayltx.cli.comfyui import comfyui_cluster, sample_with_comfyui
-from rayltx.distributed_worker.cluster import ClusterRequest
+from rayltx.comfy_dist.main_process.headless import comfyui_cluster, sample_with_comfyui
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.expansion.comfyui_gguf.convert import convert
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -37,9 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     request = ClusterRequest(workers=arguments.workers)
     with comfyui_cluster(arguments.comfyui, request) as cluster, tempfile.TemporaryDirectory() as folder:
-        from rayltx.comfy_dist.link import Placement
+        from rayltx.comfy_dist.main_process.placement import Placement
+        from rayltx.comfy_dist.main_process.twin import load_twin
         from rayltx.comfy_dist.tiny_checkpoints import save_tiny_checkpoint
-        from rayltx.comfy_dist.twin import load_twin
 
         path = Path(folder) / "model.safetensors"
         layers = -(-int(arguments.gib * 2**30) // int(16 * WIDTH**2 * BYTES.get(arguments.type, 4)))

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rayltx.comfy_dist.bootstrap import ComfyEnvironment, enter
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, enter
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.sequence_parallel.group import SequenceParallelGroup

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.tiny_models import official_name
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
 
 WIDTH, HEADS = 1024, 16
 CONFIG = {

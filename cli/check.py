@@ -14,7 +14,8 @@ from rich.table import Table
 
 from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -101,7 +102,7 @@ def _comfyui_errors(
     configs: list[ParallelConfig],
     on_config: Callable[[str, int], None],
 ) -> Iterator[tuple[str, list[Errors]]]:
-    from rayltx.cli.comfyui import comfyui_cluster, comfyui_errors
+    from rayltx.comfy_dist.main_process.headless import comfyui_cluster, comfyui_errors
 
     with comfyui_cluster(root, request) as cluster:
         yield from comfyui_errors(cluster, folder, versions, configs, on_config)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rayltx.distributed_worker.cluster import ClusterRequest
 from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError
 from rayltx.sequence_parallel.partition import ParallelConfig
 

@@ -24,7 +24,8 @@ from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.sampling import initial_noise, parse_sigmas, sample, schedule
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError
 from rayltx.expansion.comfyui_gguf.checkpoint import GGUFCheckpoint, open_model_file
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -145,15 +146,15 @@ def _in_comfyui(
     config: ParallelConfig,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """On ComfyUI's model, by its sampler."""
-    from rayltx.cli.comfyui import comfyui_cluster, comfyui_schedule, sample_with_comfyui
+    from rayltx.comfy_dist.main_process.headless import comfyui_cluster, comfyui_schedule, sample_with_comfyui
 
     assert options.comfyui is not None
     weight_dtype = {"file": "default", "bfloat16": "bf16", "float16": "fp16"}.get(options.dtype)
     if weight_dtype is None:
         raise InputError(f"dtype={options.dtype} is not one that ComfyUI's loader takes; use file, bfloat16 or float16")
     with comfyui_cluster(options.comfyui, request) as cluster:
-        from rayltx.comfy_dist.link import Placement
-        from rayltx.comfy_dist.twin import LoadOptions, load_twin
+        from rayltx.comfy_dist.main_process.placement import Placement
+        from rayltx.comfy_dist.main_process.twin import LoadOptions, load_twin
 
         with _progress("starting the workers") as (bar, task):
             cluster.workers()

@@ -1,6 +1,6 @@
-"""ComfyUI's objects to ours and back.
+"""ComfyUI's objects to ours and back, by the process that the code runs in.
 
-In the workers: `bootstrap` makes the worker's ComfyUI that of the user, `loader` builds ComfyUI's model on shared weights,
-`shared_patcher` patches it without writing them, `worker_model` is what the cluster runs, `self_test` proves the seam.
-In ComfyUI's process: `detection` finds what a file is, `twin` is the MODEL without weights, `forwarding` sends patches.
+`main_process/` runs where ComfyUI's nodes and samplers do, `worker_process/` where its model does. What both know lies here:
+what crosses between them (`wire`), what a worker's model can be asked (`comfy_host`), how ComfyUI's model is built
+(`model_spec`, `gguf_spec`, `gguf_operations`), and how its sharding is proved (`self_test`).
 """

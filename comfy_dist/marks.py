@@ -1,12 +1,24 @@
-"""How a MODEL of ours is told from others, without importing Ray."""
+"""Every attribute that RayLTX puts on an object of ComfyUI's, and how a MODEL of ours is told from others by one.
+
+What the seam puts into the options of a call is named in `diffusion_models.lightricks.comfyui_host`. Needs no Ray.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from rayltx.comfy_dist.comfy_types import Model
 
-LINK = "rayltx_link"  # the attribute of the diffusion model that leads to the workers
+# In ComfyUI's process.
+LINK = "rayltx_link"  # of a twin's diffusion model: its WorkerLink
+PLACEMENT = "rayltx_placement"  # attachment of a twin's patcher: where this MODEL runs
+OBJECT_BACKUP = "rayltx_object_backup"  # of a twin's BaseModel: what object patches of any MODEL on it replaced
+CHUNKED_FEED_FORWARD = "rayltx_chunked_feed_forward"  # key of the wrapper that chunks a MODEL's feed-forward
+
+# In a worker.
+PATCH_DTYPE = "rayltx_patch_dtype"  # of a BaseModel: in what patches of quantised weights are computed
+HOOK_VIEWS = "rayltx_hook_views"  # of a BaseModel: the views in whose place hooks have a private copy
+HOOKS_AT_USE = "rayltx_hooks_at_use"  # of a BaseModel: patches of the hooks that are on, for quantised weights
 
 
-def is_twin(model: Any) -> bool:
+def is_twin(model: Model) -> bool:
     """Whether a MODEL's weights are with the workers."""
     return hasattr(getattr(model.model, "diffusion_model", None), LINK)

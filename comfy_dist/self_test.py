@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayltx.comfy_dist.comfy_types import DiffusionModel
+from rayltx.comfy_dist.model_spec import has_audio, text_width
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 from rayltx.diffusion_models.lightricks.random_weights import randomise
 from rayltx.errors import SelfTestError
@@ -49,7 +51,7 @@ def tiny_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return tiny
 
 
-def tiny_model(model_class: type, config: Mapping[str, Any], device: torch.device, seed: int = 0) -> Any:
+def tiny_model(model_class: type, config: Mapping[str, Any], device: torch.device, seed: int = 0) -> DiffusionModel:
     """A model with random weights under which every part of it matters. float32."""
     import comfy.ops
 
@@ -75,7 +77,7 @@ class Case:
     audio: bool = True
     reference_audio: bool = False
     generated_keyframes: bool = False
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, object], ...] = ()
 
 
 CASES = (
@@ -96,24 +98,20 @@ CASES = (
 _AUDIO_CASES = ("video only", "reference audio", "without audio-to-video attention", "without video-to-audio attention")
 
 
-def cases_for(model: Any) -> list[Case]:
-    return [case for case in CASES if _has_audio(model) or case.name not in _AUDIO_CASES]
-
-
-def _has_audio(model: Any) -> bool:
-    return hasattr(model, "audio_patchify_proj")
+def cases_for(model: DiffusionModel) -> list[Case]:
+    return [case for case in CASES if has_audio(model) or case.name not in _AUDIO_CASES]
 
 
 def forward_arguments(
-    model: Any, case: Case, device: torch.device, seed: int = 1
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    model: DiffusionModel, case: Case, device: torch.device, seed: int = 1
+) -> tuple[tuple[object, ...], dict[str, Any]]:
     """Arguments of a ComfyUI LTX model's forward, as its sampler would call it. Fresh tensors each time."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    batch, has_audio = case.batch, _has_audio(model)
+    batch = case.batch
     frames = _FRAMES + case.guides
     if case.dilated:
         height, width = 2 * _HEIGHT, 2 * _WIDTH
@@ -122,7 +120,7 @@ def forward_arguments(
     video = randn(batch, model.in_channels, frames, height, width)
     sigma = torch.linspace(0.6, 0.9, batch).to(device)
     kwargs: dict[str, Any] = {"frame_rate": _FRAME_RATE, "transformer_options": dict(case.options)}
-    kwargs["context"] = randn(batch, _TEXT_TOKENS, _context_width(model))
+    kwargs["context"] = randn(batch, _TEXT_TOKENS, text_width(model))
     kwargs["attention_mask"] = None
     if case.text_mask:
         kwargs["attention_mask"] = torch.ones(batch, _TEXT_TOKENS, dtype=torch.int64, device=device)
@@ -141,7 +139,7 @@ def forward_arguments(
             "num_keyframes": 1,
             "tokens_per_frame": height * width,
         }
-    if not has_audio:
+    if not has_audio(model):
         return (video, timestep), kwargs
     streams = [video]
     if case.audio:
@@ -149,14 +147,6 @@ def forward_arguments(
     if case.reference_audio:
         kwargs["ref_audio"] = {"tokens": randn(1, _REFERENCE_TOKENS, model.audio_in_channels)}
     return (streams, (timestep, sigma)), kwargs
-
-
-def _context_width(model: Any) -> int:
-    if not _has_audio(model):
-        return model.caption_channels
-    if model.caption_proj_before_connector:
-        return model.inner_dim + model.audio_inner_dim
-    return 2 * model.caption_channels
 
 
 def _denoise_mask(case: Case, batch: int, frames: int, height: int, width: int) -> Tensor:
@@ -174,7 +164,7 @@ def _denoise_mask(case: Case, batch: int, frames: int, height: int, width: int) 
     return mask
 
 
-def _guide_arguments(case: Case, batch: int, height: int, width: int, device: torch.device) -> dict[str, Any]:
+def _guide_arguments(case: Case, batch: int, height: int, width: int, device: torch.device) -> dict[str, object]:
     """Positions of the guides' tokens, at 8 x 32 x 32 pixels a token, and their strengths, one entry a guide frame."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     tokens = height * width
@@ -199,7 +189,7 @@ def _guide_arguments(case: Case, batch: int, height: int, width: int, device: to
     return {"keyframe_idxs": positions.to(device).float(), "guide_attention_entries": entries}
 
 
-def call(model: Any, case: Case, device: torch.device) -> list[Tensor]:
+def call(model: DiffusionModel, case: Case, device: torch.device) -> list[Tensor]:
     """The model's answer: video, and audio if there is any."""
     args, kwargs = forward_arguments(model, case, device)
     accepted = inspect.signature(model.forward).parameters
@@ -208,7 +198,7 @@ def call(model: Any, case: Case, device: torch.device) -> list[Tensor]:
     return [tensor.clone() for tensor in (out if isinstance(out, (list, tuple)) else [out])]
 
 
-def errors_by_case(model: Any, group: SequenceParallelGroup, device: torch.device) -> dict[str, float | str]:
+def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: torch.device) -> dict[str, float | str]:
     """The relative error of each case, sharded over the group against whole in one process.
 
     model: any ComfyUI LTX model; a tiny one, because the whole runs on every rank too.

@@ -42,8 +42,18 @@ class WireTensor:
 
 @dataclass(frozen=True)
 class Message:
+    """An object as it crosses to another process."""
+
     payload: bytes
     tensors: tuple[WireTensor, ...]
+    as_views: bool = False  # whether the receiver gets tensors on the store's own bytes, protected from writing
+
+    def is_same(self, other: Message) -> bool:
+        """Whether both hold the same bytes. Only for messages whose tensors travel inside."""
+        return (self.payload, len(self.tensors)) == (other.payload, len(other.tensors)) and all(
+            (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.data, b.data)
+            for a, b in zip(self.tensors, other.tensors)
+        )
 
 
 def bytes_of_tensor(tensor: Tensor) -> np.ndarray:
@@ -71,7 +81,7 @@ class _Unmarked:
         self.__array_interface__ = interface
 
 
-Refer = Callable[[Any], "str | None"]
+Refer = Callable[[object], "str | None"]
 """The name under which the receiver knows an object already, or None for what has to be sent."""
 
 
@@ -84,12 +94,14 @@ class _Pickler(cloudpickle.Pickler):
         self._numbers: dict[int, int] = {}
         self._refer = refer
 
-    def persistent_id(self, obj: Any) -> int | str | None:
+    def persistent_id(self, obj: object) -> int | str | None:
         if self._refer is not None:
             name = self._refer(obj)
             if name is not None:
                 return name
-        if type(obj) not in (Tensor, torch.nn.Parameter) or obj.layout != torch.strided or obj.is_quantized:
+        if not isinstance(obj, Tensor) or type(obj) not in (Tensor, torch.nn.Parameter):
+            return None
+        if obj.layout != torch.strided or obj.is_quantized:
             return None
         number = self._numbers.get(id(obj))
         if number is None:
@@ -99,20 +111,21 @@ class _Pickler(cloudpickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, payload: bytes, tensors: list[Tensor], known: Callable[[str], Any] | None) -> None:
+    def __init__(self, payload: bytes, tensors: list[Tensor], known: Callable[[str], object] | None) -> None:
         super().__init__(io.BytesIO(payload))
         self._tensors, self._known = tensors, known
 
-    def persistent_load(self, reference: int | str) -> Any:
+    def persistent_load(self, reference: int | str) -> object:
         if isinstance(reference, int):
             return self._tensors[reference]
         assert self._known is not None, f"a reference to {reference}, which nobody here knows"
         return self._known(reference)
 
 
-def pack(obj: Any, sent: Store | None = None, refer: Refer | None = None) -> Message:
-    """Take an object apart. With `sent`, large tensors go into the object store, and what is there already stays there.
+def pack(obj: object, store: Store | None = None, refer: Refer | None = None, as_views: bool = False) -> Message:
+    """Take an object apart. With a store, large tensors go into the object store; without, they travel inside.
 
+    refer: names what the receiver knows already, and is not sent. as_views: see `Message`.
     Raises what pickling raises for what cannot cross a process border.
     """
     file = io.BytesIO()
@@ -121,20 +134,19 @@ def pack(obj: Any, sent: Store | None = None, refer: Refer | None = None) -> Mes
     wires = []
     for tensor in pickler.tensors:
         data: np.ndarray | ray.ObjectRef = bytes_of_tensor(tensor)
-        if sent is not None and data.nbytes >= INLINE_BYTES:
-            data = sent.put(data)
+        if store is not None and data.nbytes >= INLINE_BYTES:
+            data = store.put(data)
         wires.append(WireTensor(tensor.dtype, tuple(tensor.shape), data))
-    return Message(file.getvalue(), tuple(wires))
+    return Message(file.getvalue(), tuple(wires), as_views)
 
 
-def unpack(message: Message, private: bool = True, known: Callable[[str], Any] | None = None) -> Any:
-    """Put it together again. private: give each tensor memory of its own, that may be written; else see `restore`.
+def unpack(message: Message, known: Callable[[str], object] | None = None) -> Any:
+    """Put it together again. Tensors have memory of their own, that may be written, unless the message says otherwise.
 
-    known: what the names mean that `pack` was told to leave in place of objects.
+    known: what the names stand for that `pack` was told to leave in place of objects.
     """
-    tensors = [wire.restore() for wire in message.tensors]
-    private_tensors = [tensor.clone() for tensor in tensors] if private else tensors
-    return _Unpickler(message.payload, private_tensors, known).load()
+    tensors = [wire.restore() if message.as_views else wire.restore().clone() for wire in message.tensors]
+    return _Unpickler(message.payload, tensors, known).load()
 
 
 class Store(Protocol):
@@ -174,3 +186,6 @@ class SentTensors:
 
     def clear(self) -> None:
         self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,4 +1,4 @@
-"""How large Ray's object store may be."""
+"""How large Ray's object store may be, and how much of it weights take."""
 
 from __future__ import annotations
 
@@ -60,3 +60,25 @@ def object_store_bytes(requested: int, shared_memory_free: int | None = None, me
 def fits_object_store(weight_bytes: int, store_bytes: int, held_bytes: int) -> bool:
     """Whether weights can be put next to `held_bytes` of other weights, and leave room for the steps."""
     return weight_bytes + held_bytes + min(STEP_RESERVE_BYTES, store_bytes // 4) <= store_bytes
+
+
+class StoreBudget:
+    """The object store's size, and what models' weights hold of it."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self._held: dict[str, int] = {}  # by model
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(self._held.values())
+
+    def fits(self, weight_bytes: int) -> bool:
+        """Whether weights can be put next to those that are there."""
+        return fits_object_store(weight_bytes, self.total_bytes, self.held_bytes)
+
+    def hold(self, model_id: str, num_bytes: int) -> None:
+        self._held[model_id] = num_bytes
+
+    def let_go(self, model_id: str) -> None:
+        self._held.pop(model_id, None)

@@ -1,7 +1,7 @@
 """One copy of the weights for all workers of a machine.
 
-Rank 0 reads the checkpoint a chunk at a time (a transformer block each), and Ray puts what it returns into the object
-store; every worker maps the chunk, and its parameters are views on it. Where the store cannot hold the file, the
+Rank 0 reads the checkpoint a portion at a time (a transformer block each), and Ray puts what it returns into the object
+store; every worker maps the portion, and its parameters are views on it. Where the store cannot hold the file, the
 workers map the file instead: one copy too, in the page cache, but one that the kernel may drop and read again.
 """
 
@@ -20,7 +20,7 @@ from rayltx.distributed_worker.shared_pages import protected_views
 
 
 @dataclass(frozen=True)
-class WeightChunk:
+class WeightPortion:
     """Some tensors of a checkpoint as Ray's object store holds them."""
 
     dtypes: dict[str, torch.dtype]
@@ -28,10 +28,10 @@ class WeightChunk:
     data: dict[str, np.ndarray]
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint, names: Sequence[str], dtypes: Mapping[str, torch.dtype]) -> WeightChunk:
+    def read(cls, checkpoint: Checkpoint, names: Sequence[str], dtypes: Mapping[str, torch.dtype]) -> WeightPortion:
         """Read from the file. dtypes: of tensors that are converted; the others stay as they are.
 
-        Nothing is copied before Ray writes the chunk into its store, unless it is converted.
+        Nothing is copied before Ray writes the portion into its store, unless it is converted.
         """
         with checkpoint.open() as reader:
             tensors = {name: reader.read(name, dtypes.get(name)) for name in names}

@@ -17,8 +17,8 @@ class _RayGuiderNode:
     GUIDER = ""  # ComfyUI's node
 
     def get_guider(self, ray_actors: Any, **settings: Any) -> tuple[Any]:
-        from rayltx.comfy_dist.actors import RayGuider
-        from rayltx.comfy_dist.comfy_nodes import CUSTOM_SAMPLING, call_node
+        from rayltx.comfy_dist.main_process.comfy_nodes import CUSTOM_SAMPLING, call_node
+        from rayltx.comfy_dist.main_process.ray_values import RayGuider
 
         guider = call_node(CUSTOM_SAMPLING, self.GUIDER, model=ray_actors.model, **settings)[0]
         return (RayGuider(guider, ray_actors),)

@@ -103,7 +103,7 @@ _DEVICE: Definition = (
 
 
 def _attention() -> Definition:
-    from rayltx.comfy_dist.attention_names import NAMES
+    from rayltx.comfy_dist.main_process.attention_names import NAMES
 
     return list(NAMES), {
         "default": "TORCH_FLASH",
@@ -173,7 +173,7 @@ class RayInitializer:
 
     def spawn_actor(self, **widgets: Any) -> tuple[Any]:
         require_packages()
-        from rayltx.comfy_dist.initializing import start_workers
+        from rayltx.comfy_dist.main_process.initializer_settings import start_workers
 
         return (start_workers(**widgets, expected_order=self._order()),)
 
@@ -238,7 +238,7 @@ class RayKill:
         }
 
     def kill_ray(self, ray_actors: Any, kill_mode: str) -> tuple[()]:
-        from rayltx.comfy_dist.initializing import stop_workers
+        from rayltx.comfy_dist.main_process.initializer_settings import stop_workers
 
         stop_workers()
         return ()

@@ -89,7 +89,7 @@ class RayUNETLoader:
         self, unet_name: str, weight_dtype: str, ray_actors_init: Any, lora: Any = (), max_vram_gb: float = 0.0
     ) -> tuple[Any, Any]:
         require_packages()
-        from rayltx.comfy_dist.actors import kept_by, load_actors
+        from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
 
         path = _path(unet_name, _UNET_FOLDERS)
         actors = load_actors(path, ray_actors_init, lora, max_vram_gb, kept_by(self), weight_dtype=weight_dtype)
@@ -142,7 +142,7 @@ class RayGGUFLoader:
         max_vram_gb: float = 0.0,
     ) -> tuple[Any, Any]:  # fmt: skip
         require_packages()
-        from rayltx.comfy_dist.actors import kept_by, load_actors
+        from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
 
         path = _path(unet_name, _gguf_folders())
         actors = load_actors(
@@ -181,6 +181,6 @@ class RayLoraLoader:
         }
 
     def load_lora(self, lora_name: str, strength_model: float, prev_ray_lora: Any = ()) -> tuple[Any]:
-        from rayltx.comfy_dist.lora_files import LoraFile
+        from rayltx.comfy_dist.main_process.lora_files import LoraFile
 
         return ((*prev_ray_lora, LoraFile(_path(lora_name, ("loras",)), strength_model)),)

@@ -42,7 +42,7 @@ class LTXChunkedFeedForward:
         }
 
     def patch(self, model: Any, chunks: int) -> tuple[Any]:
-        from rayltx.comfy_dist.feed_forward_patch import with_chunked_feed_forward
+        from rayltx.comfy_dist.main_process.feed_forward_patch import with_chunked_feed_forward
 
         return (with_chunked_feed_forward(model, chunks),)
 
@@ -66,7 +66,7 @@ class TensorParallelV3Node:
         }
 
     def patch(self, model: Any, ffn_chunks: int, verbose: int) -> tuple[Any, str]:
-        from rayltx.comfy_dist.feed_forward_patch import with_chunked_feed_forward
+        from rayltx.comfy_dist.main_process.feed_forward_patch import with_chunked_feed_forward
 
         info = f"the feed-forward runs in up to {ffn_chunks} parts" if verbose else ""
         return with_chunked_feed_forward(model, ffn_chunks), info
@@ -107,7 +107,7 @@ class TensorParallelAttentionV2:
     def patch(
         self, model: Any, num_gpus: int, primary_gpu: int, parallelize_ffn: bool, ffn_chunks: int, verbose: int
     ) -> tuple[Any, str]:
-        from rayltx.comfy_dist.degrees import with_ulysses
+        from rayltx.comfy_dist.main_process.memory_nodes import with_ulysses
 
         model, info = with_ulysses(model, num_gpus, ffn_chunks if parallelize_ffn else 1)
         return model, info if verbose else ""
@@ -129,7 +129,7 @@ class TensorParallelV5Node:
         return {"required": {"model": _MODEL, "num_gpus": _NUM_GPUS, "verbose": _VERBOSE}}
 
     def patch(self, model: Any, num_gpus: int, verbose: int) -> tuple[Any, str]:
-        from rayltx.comfy_dist.degrees import with_ring
+        from rayltx.comfy_dist.main_process.memory_nodes import with_ring
 
         model, info = with_ring(model, num_gpus)
         return model, info if verbose else ""
@@ -162,7 +162,7 @@ class RayModelSamplingLTXV:
         }
 
     def patch(self, ray_actors: Any, max_shift: float, base_shift: float, latent: Any = None) -> tuple[Any]:
-        from rayltx.comfy_dist.comfy_nodes import LIGHTRICKS, call_node
+        from rayltx.comfy_dist.main_process.comfy_nodes import LIGHTRICKS, call_node
 
         model = call_node(
             LIGHTRICKS,

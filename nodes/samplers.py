@@ -41,7 +41,7 @@ class XFuserKSampler:
         self, ray_actors: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any,
         negative: Any, latent_image: Any, denoise: float = 1.0, sigmas: Any = None,
     ) -> tuple[Any, Any]:  # fmt: skip
-        from rayltx.comfy_dist.sampling import SamplingRange, sample_scheduled
+        from rayltx.comfy_dist.main_process.ksampler import SamplingRange, sample_scheduled
 
         latent = sample_scheduled(
             ray_actors.model, True, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
@@ -101,7 +101,7 @@ class XFuserKSamplerAdvanced:
         positive: Any, negative: Any, latent_image: Any, start_at_step: int, end_at_step: int,
         return_with_leftover_noise: str, sigmas: Any = None, denoise: float = 1.0,
     ) -> tuple[Any, Any]:  # fmt: skip
-        from rayltx.comfy_dist.sampling import SamplingRange, sample_scheduled
+        from rayltx.comfy_dist.main_process.ksampler import SamplingRange, sample_scheduled
 
         part = SamplingRange(start_at_step, end_at_step, denoise, return_with_leftover_noise == "enable")
         latent = sample_scheduled(
@@ -139,7 +139,7 @@ class XFuserSamplerCustom:
         self, ray_actors: Any, add_noise: bool, noise_seed: int, cfg: float, positive: Any, negative: Any, sampler: Any,
         sigmas: Any, latent_image: Any,
     ) -> tuple[Any, Any]:  # fmt: skip
-        from rayltx.comfy_dist.sampling import sample_custom
+        from rayltx.comfy_dist.main_process.ksampler import sample_custom
 
         latent = sample_custom(
             ray_actors.model, add_noise, noise_seed, cfg, positive, negative, sampler, sigmas, latent_image
@@ -171,7 +171,7 @@ class XFuserSamplerCustomAdvanced:
     def ray_sample(
         self, add_noise: bool, noise_seed: int, guider: Any, sampler: Any, sigmas: Any, latent_image: Any
     ) -> tuple[Any, Any, Any]:
-        from rayltx.comfy_dist.sampling import sample_guided
+        from rayltx.comfy_dist.main_process.ksampler import sample_guided
 
         out, denoised = sample_guided(guider.guider, add_noise, noise_seed, sampler, sigmas, latent_image)
         return out, denoised, guider.actors

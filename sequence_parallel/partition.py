@@ -56,6 +56,14 @@ class ParallelConfig:
     def world_size(self) -> int:
         return self.ulysses_degree * self.ring_degree
 
+    def check_workers(self, num_workers: int) -> None:
+        """Raises ParallelConfigError if there are more ranks than workers."""
+        if self.world_size > num_workers:
+            raise ParallelConfigError(
+                f"ulysses_degree={self.ulysses_degree} x ring_degree={self.ring_degree} = {self.world_size}, but there are "
+                f"{num_workers} workers; start more, or lower a degree"
+            )
+
     @classmethod
     def for_workers(cls, workers: int, ulysses_degree: int = 0, ring_degree: int = 0) -> ParallelConfig:
         """Fill in what is left open (0), and check the product.

@@ -51,6 +51,12 @@ class EchoHost:
     def parameters(self):
         return {}
 
+    def module(self, name):
+        raise KeyError(name)
+
+    def close(self):
+        pass
+
     def forward(self, group, inputs):
         if group.world is not None:
             dist.barrier(group.world)

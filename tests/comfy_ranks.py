@@ -169,7 +169,7 @@ def _state(model):
 
 def enter_changed(environment, device):
     """A bootstrap of workers whose ComfyUI is not what the seam knows."""
-    from rayltx.comfy_dist.bootstrap import enter
+    from rayltx.comfy_dist.comfy_environment import enter
 
     enter(environment, device)
     from comfy.ldm.lightricks.av_model import LTXAVModel

@@ -10,7 +10,7 @@ import importlib
 
 import torch
 
-from rayltx.comfy_dist.comfy_nodes import call_node
+from rayltx.comfy_dist.main_process.comfy_nodes import call_node
 from rayltx.demo.pixels import latent_to_pixels, pixels_to_latent
 
 FRAMES, HEIGHT, WIDTH, AUDIO_TOKENS, TEXT_TOKENS = 3, 5, 7, 11, 9

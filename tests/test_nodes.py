@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from rayltx.comfy_dist.attention_names import attention_arguments
-from rayltx.comfy_dist.sampling import SamplingRange
+from rayltx.comfy_dist.main_process.attention_names import attention_arguments
+from rayltx.comfy_dist.main_process.ksampler import SamplingRange
 from rayltx.errors import InputError
 from rayltx.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from rayltx.nodes.initializers import RayInitializer, RayInitializerAdvanced

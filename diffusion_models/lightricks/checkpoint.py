@@ -97,7 +97,7 @@ class Checkpoint:
         return "LTX-2.5" if newer else "LTX-2.3"
 
     @cached_property
-    def chunks(self) -> tuple[tuple[str, ...], ...]:
+    def portions(self) -> tuple[tuple[str, ...], ...]:
         """The tensors' names in portions to be moved at once: one a transformer block, and one for the rest."""
         by_block: dict[int, list[str]] = {}
         for name in self.tensors:

@@ -78,6 +78,13 @@ class DiffusersHost:
         """By official name."""
         return {self.model.names[name]: tensor for name, tensor in self._transformer.state_dict().items()}
 
+    def module(self, name: str) -> nn.Module:
+        """One of the transformer's modules, by diffusers' name."""
+        return self._transformer.get_submodule(name)
+
+    def close(self) -> None:
+        """Nothing but this object holds the model."""
+
     def forward(self, group: SequenceParallelGroup, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Predict the velocity.
 

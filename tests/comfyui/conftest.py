@@ -35,12 +35,14 @@ def comfy():
 
 @pytest.fixture(scope="session")
 def cluster(comfy):
-    from rayltx.comfy_dist.bootstrap import HOST, ComfyEnvironment
-    from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+    from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
+    from rayltx.comfy_dist.comfy_host import COMFY_HOST
+    from rayltx.distributed_worker.cluster import Cluster
+    from rayltx.distributed_worker.request import ClusterRequest
 
     torch.set_num_threads(1)
     environment = ComfyEnvironment.headless(str(find_comfyui()), cpu=True)
-    request = ClusterRequest(workers=4, host=HOST, bootstrap=("rayltx.comfy_dist.bootstrap:enter", environment))
+    request = ClusterRequest(workers=4, host=COMFY_HOST, bootstrap=environment.bootstrap())
     with Cluster.start(request) as cluster:
         yield cluster
 
@@ -51,8 +53,8 @@ def models(cluster, tmp_path_factory):
     import comfy.sd
     from comfy_models import save_tiny_checkpoint
 
-    from rayltx.comfy_dist.link import Placement
-    from rayltx.comfy_dist.twin import load_twin
+    from rayltx.comfy_dist.main_process.placement import Placement
+    from rayltx.comfy_dist.main_process.twin import load_twin
 
     folder = tmp_path_factory.mktemp("checkpoints")
     loaded = {}

@@ -62,7 +62,7 @@ def feed_forward_peak(model, version):
 
 @pytest.mark.parametrize("model", VERSIONS, indirect=True)
 def test_the_same_result_with_a_share_of_the_memory(model):
-    from rayltx.comfy_dist.feed_forward_patch import with_chunked_feed_forward
+    from rayltx.comfy_dist.main_process.feed_forward_patch import with_chunked_feed_forward
 
     model, version = model
     names = list(model.model.diffusion_model.state_dict())
@@ -80,7 +80,7 @@ def test_the_same_result_with_a_share_of_the_memory(model):
 
 @pytest.mark.parametrize("model", ["LTX-Video"], indirect=True)
 def test_twice_is_once_with_the_last_number(model):
-    from rayltx.comfy_dist.feed_forward_patch import with_chunked_feed_forward
+    from rayltx.comfy_dist.main_process.feed_forward_patch import with_chunked_feed_forward
     from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 
     model, version = model
@@ -94,7 +94,7 @@ def test_twice_is_once_with_the_last_number(model):
 
 
 def test_a_model_that_is_not_ltx(comfy):
-    from rayltx.comfy_dist.feed_forward_patch import with_chunked_feed_forward
+    from rayltx.comfy_dist.main_process.feed_forward_patch import with_chunked_feed_forward
 
     class NotLTX:
         model = torch.nn.Module()

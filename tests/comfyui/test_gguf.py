@@ -36,8 +36,8 @@ def files(comfy, tmp_path_factory):
 
 @pytest.fixture
 def load(cluster):
-    from rayltx.comfy_dist.link import Placement
-    from rayltx.comfy_dist.twin import LoadOptions, load_twin
+    from rayltx.comfy_dist.main_process.placement import Placement
+    from rayltx.comfy_dist.main_process.twin import LoadOptions, load_twin
 
     def run(path, ranks=2, budget=0, **options):
         placement = Placement(cluster.request, ParallelConfig(ranks, 1), weight_budget=budget)
@@ -49,6 +49,15 @@ def load(cluster):
 def sample(model, version, scenario=scenarios.euler):
     with torch.inference_mode():
         return scenarios.tensors_of(scenario(model, version, CONFIGS[version]))
+
+
+def placed_bytes(model):
+    """What each rank has on its device of the weights."""
+    from rayltx.comfy_dist.comfy_host import ComfyHost
+    from rayltx.distributed_worker.worker_calls import ask
+
+    placed = model.link.remote.call(ask(ComfyHost.placed_bytes), "measuring")
+    return [placed[rank] for rank in sorted(placed)]
 
 
 def difference(found, expected):
@@ -71,7 +80,7 @@ def test_two_workers_equal_one_and_the_same_weights_dequantised(files, load, ver
     formats = twin.link.spec.gguf.formats
     assert bool(formats) == (type != "F16")
     # As blocks, in memory: a file of Q4_0 takes a fraction of float32.
-    assert twin.link.remote.weight_bytes <= quantised.stat().st_size * 1.02
+    assert twin.link.remote.source.weight_bytes <= quantised.stat().st_size * 1.02
     two = sample(twin, version)
     assert difference(two, sample(twin.with_config(ParallelConfig(1, 1)), version)) <= TOLERANCE
     assert difference(two, sample(load(plain), version)) <= SAME_WEIGHTS
@@ -290,12 +299,12 @@ def test_a_small_budget_streams_the_rest(bases, load, base):
     twin = load(path)
     for scenario in (scenarios.euler, scenarios.lora, scenarios.hook_lora):
         expected = sample(twin, "LTX-Video", scenario)
-        share = twin.link.remote.weight_bytes * 2 // 3
+        share = twin.link.remote.source.weight_bytes * 2 // 3
         small = load(path, budget=share)
         digest = small.link.remote.digest()
         for _ in range(2):  # a second run finds the layers where the first left them
             assert difference(sample(small, "LTX-Video", scenario), expected) <= SAME_WEIGHTS
-        loaded = small.link.remote.call("placed_bytes", what="measuring")
+        loaded = placed_bytes(small)
         assert all(0 < count <= share for count in loaded[:2]), (loaded, share)  # of the ranks that sampled
         small.link.unload()
         assert difference(sample(small, "LTX-Video", scenario), expected) <= SAME_WEIGHTS
@@ -308,12 +317,12 @@ def test_a_budget_that_is_lowered_counts_at_the_next_run(bases, load):
     path, _ = bases("Q8_0")
     twin = load(path)
     expected = sample(twin, "LTX-Video", scenarios.lora)
-    share = twin.link.remote.weight_bytes * 2 // 3
+    share = twin.link.remote.source.weight_bytes * 2 // 3
     small = twin.placed(dataclasses.replace(twin.placement, weight_budget=share))
     assert difference(sample(small, "LTX-Video", scenarios.lora), expected) <= SAME_WEIGHTS
-    assert all(0 < count <= share for count in small.link.remote.call("placed_bytes", what="measuring")[:2])
+    assert all(0 < count <= share for count in placed_bytes(small)[:2])
     sample(twin, "LTX-Video")
-    assert all(count > share for count in small.link.remote.call("placed_bytes", what="measuring")[:2])
+    assert all(count > share for count in placed_bytes(small)[:2])
 
 
 def test_a_lora_for_another_model_is_refused(bases, load):

@@ -19,8 +19,8 @@ def patcher(comfy, tmp_path):
     """A worker's patcher on a GGUF file, with a LoRA on two layers."""
     import comfy.sd
 
-    from rayltx.comfy_dist.detection import detect
-    from rayltx.comfy_dist.loader import build_on
+    from rayltx.comfy_dist.main_process.detection import detect
+    from rayltx.comfy_dist.worker_process.model_on_shared_weights import build_on
     from rayltx.expansion.comfyui_gguf.checkpoint import open_gguf_checkpoint
 
     save_tiny_checkpoint(tmp_path / "model.safetensors", "LTX-Video")
@@ -69,7 +69,8 @@ def test_another_models_patches_take_the_place(patcher):
 
 def test_hooks_come_and_go_with_every_step(patcher):
     """On weights, which are quantised, and on biases, which are not, and whose copies ComfyUI may keep."""
-    from rayltx.comfy_dist.shared_patcher import RemoteHooks
+    from rayltx.comfy_dist.wire import HookPatches
+    from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
 
     combined = {}
     for name in LAYERS:
@@ -77,7 +78,7 @@ def test_hooks_come_and_go_with_every_step(patcher):
         weight, bias = torch.ones(layer.block_format.shape), torch.ones_like(layer.bias)
         combined[f"{name}.weight"] = [(1.0, ("diff", (weight,)), 1.0, None, None)]
         combined[f"{name}.bias"] = [(1.0, ("diff", (bias,)), 1.0, None, None)]
-    hooks = RemoteHooks("a", combined)
+    hooks = RemoteHooks(HookPatches("a", combined))
     patcher.load(CPU, lowvram_model_memory=10**12)
     bias = patcher.model.get_submodule(LAYERS[0]).bias.clone()
     for _ in range(3):

@@ -22,17 +22,17 @@ def still_usable(models):
     """After each refusal the same workers sample the same model."""
     _, twin, _ = models("LTX-Video")
     twin = twin.with_config(ParallelConfig(2, 1))
-    pids = [info.pid for info in twin.link.remote.cluster.workers()]
+    pids = [info.pid for info in twin.link.cluster.workers()]
     yield
     with torch.inference_mode():
         scenarios.euler(twin, "LTX-Video", CONFIGS["LTX-Video"])
-    assert [info.pid for info in twin.link.remote.cluster.workers()] == pids
+    assert [info.pid for info in twin.link.cluster.workers()] == pids
 
 
 @pytest.fixture
 def load(cluster):
-    from rayltx.comfy_dist.link import Placement
-    from rayltx.comfy_dist.twin import load_twin
+    from rayltx.comfy_dist.main_process.placement import Placement
+    from rayltx.comfy_dist.main_process.twin import load_twin
 
     return lambda path: load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)))
 
@@ -143,17 +143,19 @@ def test_a_changed_comfyui_is_refused_at_load_and_nothing_is_sampled(tmp_path):
 import sys; sys.path[:0] = {sys.path!r}
 from comfy_models import set_up_comfyui
 set_up_comfyui({str(find_comfyui())!r})
-from rayltx.comfy_dist import verdicts
-from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-from rayltx.comfy_dist.bootstrap import HOST
-from rayltx.comfy_dist.link import Placement
-from rayltx.comfy_dist.twin import load_twin
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+import folder_paths
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
+from rayltx.comfy_dist.comfy_host import COMFY_HOST
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.twin import load_twin
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import Bootstrap, ClusterRequest
 from rayltx.errors import SelfTestError
 from rayltx.sequence_parallel.partition import ParallelConfig
-verdicts._read, verdicts._write = lambda: {{}}, lambda passed: None
+folder_paths.set_user_directory({str(tmp_path)!r})  # without the verdicts of earlier loads
 environment = ComfyEnvironment.headless({str(find_comfyui())!r}, cpu=True)
-with Cluster.start(ClusterRequest(workers=2, host=HOST, bootstrap=("comfy_ranks:enter_changed", environment))) as cluster:
+request = ClusterRequest(workers=2, host=COMFY_HOST, bootstrap=Bootstrap("comfy_ranks:enter_changed", environment))
+with Cluster.start(request) as cluster:
     try:
         load_twin({str(path)!r}, Placement(cluster.request, ParallelConfig(2, 1)))
     except SelfTestError as error:

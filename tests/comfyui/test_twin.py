@@ -105,8 +105,8 @@ def test_unchanged_patches_are_sent_once(models, monkeypatch):
     patched = scenarios.with_lora(twin, CONFIGS["LTX-2"])
     remote = twin.link.remote
     sent = []
-    setup = remote.setup
-    monkeypatch.setattr(remote, "setup", lambda key, *args: (sent.append(key), setup(key, *args)))
+    set_up = remote.set_up
+    monkeypatch.setattr(remote, "set_up", lambda key, *args, **kwargs: (sent.append(key), set_up(key, *args, **kwargs)))
     with torch.inference_mode():
         for _ in range(3):
             scenarios.ksampler(patched, scenarios.Workspace("LTX-2", CONFIGS["LTX-2"]))
@@ -154,8 +154,8 @@ def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, mo
     import comfy.sd
     from comfy_models import quantise
 
-    from rayltx.comfy_dist.link import Placement
-    from rayltx.comfy_dist.twin import LoadOptions, load_twin
+    from rayltx.comfy_dist.main_process.placement import Placement
+    from rayltx.comfy_dist.main_process.twin import LoadOptions, load_twin
 
     path = tmp_path / "model.safetensors"
     save_tiny_checkpoint(path, version, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
@@ -205,8 +205,8 @@ def test_the_workers_weights_are_freed_with_the_model(cluster, tmp_path):
     import gc
     import time
 
-    from rayltx.comfy_dist.link import Placement
-    from rayltx.comfy_dist.twin import load_twin
+    from rayltx.comfy_dist.main_process.placement import Placement
+    from rayltx.comfy_dist.main_process.twin import load_twin
 
     path = tmp_path / "model.safetensors"
     save_tiny_checkpoint(path, "LTX-Video")
@@ -266,14 +266,15 @@ import sys; sys.path[:0] = {sys.path!r}
 import torch, comfy_scenarios as scenarios
 from comfy_models import CONFIGS, set_up_comfyui
 set_up_comfyui({str(find_comfyui())!r})
-from rayltx.comfy_dist.bootstrap import ComfyEnvironment
-from rayltx.comfy_dist.bootstrap import HOST
-from rayltx.comfy_dist.link import Placement
-from rayltx.comfy_dist.twin import load_twin
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
+from rayltx.comfy_dist.comfy_host import COMFY_HOST
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.twin import load_twin
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.sequence_parallel.partition import ParallelConfig
 environment = ComfyEnvironment.headless({str(find_comfyui())!r}, cpu=True)
-request = ClusterRequest(workers=1, host=HOST, bootstrap=("rayltx.comfy_dist.bootstrap:enter", environment))
+request = ClusterRequest(workers=1, host=COMFY_HOST, bootstrap=environment.bootstrap())
 twin = load_twin({str(path)!r}, Placement(request, ParallelConfig(1, 1)))
 with torch.inference_mode():
     sample = lambda: scenarios.tensors_of(scenarios.lora(twin, "LTX-Video", CONFIGS["LTX-Video"]))[0]
@@ -304,7 +305,7 @@ def test_a_clone_that_goes_leaves_the_patches_of_the_one_that_samples(models):
 
 
 def test_all_models_on_the_same_weights_undo_each_others_patches(models):
-    from rayltx.comfy_dist.twin import patcher_of
+    from rayltx.comfy_dist.main_process.twin import patcher_of
 
     _, twin, _ = models("LTX-Video")
     before = twin.model.model_sampling
@@ -317,7 +318,7 @@ def test_all_models_on_the_same_weights_undo_each_others_patches(models):
 
 def test_another_object_is_another_patch(models):
     """Closures that differ in what they hold alone, one after the other at the same address."""
-    from rayltx.comfy_dist.forwarding import PatchState
+    from rayltx.comfy_dist.main_process.forwarding import is_same_state, patch_state_of
 
     _, twin, _ = models("LTX-Video")
     name = "diffusion_model.transformer_blocks.0.ff.forward"
@@ -325,19 +326,19 @@ def test_another_object_is_another_patch(models):
     def state(scale):
         model = twin.clone()
         model.object_patches[name] = lambda x: x * scale
-        return PatchState.of(model)
+        return patch_state_of(model)
 
     sent = state(1.0)
     for number in range(50):
-        assert not state(float(number)).is_same(sent)
-    assert sent.is_same(sent)
+        assert not is_same_state(state(float(number)), sent)
+    assert is_same_state(sent, sent)
 
 
 def test_settings_that_change_by_themselves_ask_for_the_same_workers(comfy):
     import folder_paths
     from comfy.cli_args import args
 
-    from rayltx.comfy_dist.bootstrap import ComfyEnvironment
+    from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
 
     before = ComfyEnvironment.of_this_process()
     method, args.preview_method = args.preview_method, "another"

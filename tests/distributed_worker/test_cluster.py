@@ -15,7 +15,8 @@ from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untouched_forward, worst_error
 from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError, ParallelConfigError, RanksFailedAlike, UnsupportedError, WorkerStuck
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -81,7 +82,7 @@ def test_every_version_equals_the_untouched_model_through_ray(cluster, checkpoin
 
 def test_workers_see_the_files_bytes_after_the_references_are_gone(cluster, loaded):
     remote, _, _ = loaded
-    checkpoint = remote.checkpoint
+    checkpoint = remote.source.checkpoint
     import hashlib
 
     from rayltx.distributed_worker.messages import bytes_of_tensor
@@ -91,17 +92,17 @@ def test_workers_see_the_files_bytes_after_the_references_are_gone(cluster, load
         for name in sorted(checkpoint.tensors):
             digest.update(name.encode())
             digest.update(bytes_of_tensor(reader.read(name)).data)
-    assert remote.digest() == [digest.hexdigest()] * 3
-    remote._chunks.clear()  # the views alone keep the objects
+    assert remote.digest() == dict.fromkeys(range(3), digest.hexdigest())
+    remote.weights.let_go()  # the views alone keep the objects
     filler = [ray.put(torch.full((2**22,), number).numpy()) for number in range(8)]
-    assert remote.digest() == [digest.hexdigest()] * 3
+    assert remote.digest() == dict.fromkeys(range(3), digest.hexdigest())
     del filler
 
 
 def test_releasing_a_model_leaves_nothing_in_the_store(cluster, checkpoint_of):
     checkpoint, _ = checkpoint_of("LTX-2")
     model = DiffusersModel.of_checkpoint(checkpoint)
-    cluster._sent.clear()
+    cluster.sent.clear()
     time.sleep(0.5)
     before = _references()
     remote = cluster.load(checkpoint, model)
@@ -149,9 +150,9 @@ def test_ranks_that_fail_alike_are_reported_and_kept(cluster, loaded):
 
 def test_a_silent_rank_is_named_and_replaced(cluster, loaded, tmp_path, monkeypatch):
     remote, inputs, reference = loaded
-    monkeypatch.setattr("rayltx.distributed_worker.calls.GRACE_S", 2.0)
+    monkeypatch.setattr("rayltx.distributed_worker.outcomes.GRACE_S", 2.0)
     fail = {**inputs, "fail": ("hang", 2, str(tmp_path / "hung"))}
-    cluster.form_group(ParallelConfig(3, 1))
+    cluster.group.form(ParallelConfig(3, 1))
     object.__setattr__(cluster.request, "step_timeout_s", 4.0)
     try:
         with pytest.raises(WorkerStuck, match="no answer within 4 s from rank 0, 1, 2 of 3"):
@@ -190,20 +191,20 @@ def test_bad_requests_name_value_rule_and_remedy(cluster, loaded):
 def test_what_does_not_change_travels_once(cluster, checkpoint_of):
     checkpoint, _ = checkpoint_of("LTX-Video")
     remote = cluster.load(checkpoint, None, host="cluster_hosts:EchoHost")
-    cluster._sent.clear()
+    cluster.sent.clear()
     context = torch.randn(1, 300, 256)
     for step in range(3):
         inputs = {"context": context.clone(), "latent": torch.full((300, 300), float(step)), "nested": [context * 1.0]}
         answer = remote.forward(inputs, ParallelConfig(2, 1))
         assert torch.equal(answer["context"], context) and torch.equal(answer["latent"], inputs["latent"])
-    assert len(cluster._sent._entries) == 1 + 3, "one for the text in every step, one for each latent"
+    assert len(cluster.sent) == 1 + 3, "one for the text in every step, one for each latent"
     remote.release()
 
 
 def test_a_file_that_the_store_cannot_hold_is_mapped(cluster, checkpoint_of, caplog, monkeypatch):
     checkpoint, untouched = checkpoint_of("LTX-Video")
     model = DiffusersModel.of_checkpoint(checkpoint)
-    monkeypatch.setattr(cluster, "store_bytes", 1000)
+    monkeypatch.setattr(cluster.store, "total_bytes", 1000)
     with caplog.at_level(logging.WARNING, "rayltx"):
         remote = cluster.load(checkpoint, model)
     assert "the workers map the file itself" in caplog.text
@@ -217,7 +218,7 @@ def test_weights_can_be_converted_once_for_all(cluster, checkpoint_of):
     model = DiffusersModel.of_checkpoint(checkpoint)
     remote = cluster.load(checkpoint, model, dtypes={name: torch.bfloat16 for name in checkpoint.tensors})
     answer = remote.forward(CASES[0].inputs(model), ParallelConfig(2, 1))
-    assert len(set(remote.digest())) == 1 and torch.isfinite(answer["video"]).all()
+    assert len(set(remote.digest().values())) == 1 and torch.isfinite(answer["video"]).all()
     remote.release()
 
 
@@ -240,12 +241,13 @@ def test_two_clusters_live_side_by_side_and_leave_nothing(cluster, loaded, check
     script = f"""
 import sys; sys.path.insert(0, {str(Path(TESTS).parent / "importable")!r})
 import os, time, psutil, torch
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.sequence_parallel.partition import ParallelConfig
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.exactness import CASES
-checkpoint = open_checkpoint({remote.checkpoint.path!r})
+checkpoint = open_checkpoint({remote.source.checkpoint.path!r})
 model = DiffusersModel.of_checkpoint(checkpoint)
 environment = dict(os.environ)
 # A store as large as the memory that is available, which Ray by itself refuses: it takes memory only as it fills.
@@ -262,7 +264,7 @@ for _ in range(100):
 else:
     raise SystemExit(f"left behind: {{psutil.Process().children(recursive=True)}}")
 """
-    path = Path(remote.checkpoint.path).with_name("side-by-side.pt")
+    path = Path(remote.source.checkpoint.path).with_name("side-by-side.pt")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     other = subprocess.Popen(
         [sys.executable, "-c", script, str(path)], env=environment, stderr=subprocess.PIPE, text=True

@@ -2,9 +2,10 @@
 
 import pytest
 
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.gpu_pinning import assign_gpus, parse_gpu_indices, visible_gpus, without_async_allocator
 from rayltx.distributed_worker.object_store import MIN_BYTES, fits_object_store, object_store_bytes
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError
 
 GIB = 2**30

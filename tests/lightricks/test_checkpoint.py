@@ -34,8 +34,8 @@ def test_versions_are_told_apart_by_what_they_hold(saved, version):
     checkpoint = open_checkpoint(saved(version))
     assert checkpoint.version == version
     assert checkpoint.num_blocks == 2
-    assert sorted(name for names in checkpoint.chunks for name in names) == sorted(checkpoint.tensors)
-    assert len(checkpoint.chunks) == 3  # what is outside of blocks, and each block
+    assert sorted(name for names in checkpoint.portions for name in names) == sorted(checkpoint.tensors)
+    assert len(checkpoint.portions) == 3  # what is outside of blocks, and each block
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])

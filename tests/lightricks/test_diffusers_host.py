@@ -34,7 +34,7 @@ def load_host(path):
     checkpoint = open_checkpoint(path)
     host = DiffusersHost(DiffusersModel.of_checkpoint(checkpoint))
     with checkpoint.open() as reader:
-        for names in checkpoint.chunks:
+        for names in checkpoint.portions:
             host.assign({name: reader.read(name) for name in names})
     host.finish_loading()
     return host

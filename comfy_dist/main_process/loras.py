@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 
-from rayltx.comfy_dist.forwarding import MODEL_PREFIX
-from rayltx.comfy_dist.lora_files import LoraFile
+from rayltx.comfy_dist.comfy_types import Model
+from rayltx.comfy_dist.main_process.forwarding import MODEL_PREFIX
+from rayltx.comfy_dist.main_process.lora_files import LoraFile
+from rayltx.comfy_dist.main_process.lora_shapes import misfits
 from rayltx.comfy_dist.marks import LINK
-from rayltx.comfy_dist.patch_shapes import misfits
 from rayltx.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
-def with_loras(model: Any, loras: Sequence[LoraFile]) -> Any:
+def with_loras(model: Model, loras: Sequence[LoraFile]) -> Model:
     """A clone of the MODEL with LoRAs on it, in their order. Raises InputError for a file of which nothing fits."""
     for lora in loras:
         if lora.strength != 0:
@@ -28,7 +28,7 @@ def with_loras(model: Any, loras: Sequence[LoraFile]) -> Any:
     return model
 
 
-def _with_lora(model: Any, lora: LoraFile) -> Any:
+def _with_lora(model: Model, lora: LoraFile) -> Model:
     name = Path(lora.path).name
     tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(lora.path, safe_load=True))
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
@@ -50,11 +50,11 @@ def _with_lora(model: Any, lora: LoraFile) -> Any:
     return clone
 
 
-def _name(target: Any) -> str:
+def _name(target: str | tuple[object, ...]) -> str:
     return target if isinstance(target, str) else str(target[0])
 
 
-def _unmatched(tensors: dict[str, Any], known: set[str]) -> list[str]:
+def _unmatched(tensors: Mapping[str, object], known: set[str]) -> list[str]:
     """The tensors that belong to no layer of the model: their names begin with none of the layers'."""
 
     def belongs(key: str) -> bool:

@@ -12,27 +12,27 @@ from __future__ import annotations
 
 import collections
 import math
-from typing import Any
 
 import comfy.model_patcher
 import comfy.utils
 from torch import Tensor
 
-from rayltx.comfy_dist.patches_at_use import is_quantised_weight, set_patches_at_use
-
-PATCH_DTYPE = "rayltx_patch_dtype"  # of the model: in what patches of quantised weights are computed
+from rayltx.comfy_dist.comfy_types import HookGroup, KeyPatches
+from rayltx.comfy_dist.marks import HOOK_VIEWS, HOOKS_AT_USE, PATCH_DTYPE
+from rayltx.comfy_dist.wire import HookPatches
+from rayltx.comfy_dist.worker_process.patches_at_use import is_quantised_weight, set_patches_at_use
 
 _Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])
 
 
 class RemoteHooks:
-    """The weight patches of some hooks, as the ComfyUI process combined them for this step.
+    """Hooks as the ComfyUI process combined them for this step, known by their key.
 
     Stands in for ComfyUI's HookGroup, whose strengths change with the sampling step there.
     """
 
-    def __init__(self, key: str, combined: dict[str, list[Any]]) -> None:
-        self.key, self.combined = key, combined
+    def __init__(self, hooks: HookPatches) -> None:
+        self.key, self.patches = hooks.key, hooks.patches
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemoteHooks) and other.key == self.key
@@ -47,15 +47,15 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
     @property
     def _hook_views(self) -> dict[str, Tensor]:
         """The views in whose place hooks have a private copy. Kept on the model, which clones of the patcher share."""
-        return self.model.__dict__.setdefault("rayltx_hook_views", {})
+        return self.model.__dict__.setdefault(HOOK_VIEWS, {})
 
     # Set by the worker before it loads: bytes of weights on the device at most; 0: as many as fit.
     weight_budget = 0
 
     def load(
-        self, device_to: Any = None, lowvram_model_memory: float = 0, force_patch_weights: bool = False,
-        full_load: bool = False, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self, device_to: object = None, lowvram_model_memory: float = 0, force_patch_weights: bool = False,
+        full_load: bool = False, **kwargs: object,
+    ) -> None:  # fmt: skip
         for key, parameter in self.model.named_parameters():
             if parameter.device.type == "cpu" and key not in self.backup:
                 # Detached: moving a module to the GPU exchanges the data of the same Parameter.
@@ -67,8 +67,8 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         self._set_patches_at_use()
 
     def patch_weight_to_device(
-        self, key: str, device_to: Any = None, inplace_update: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, key: str, device_to: object = None, inplace_update: bool = False, *args: object, **kwargs: object
+    ) -> object:
         self.weight_inplace_update = False
         if self._is_quantised(key) and not kwargs.get("return_weight") and not args:
             return None  # patched where it is used
@@ -95,31 +95,31 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
             set_patches_at_use(layer, key, sources, dtype, layer.weight.device if on_device else self.load_device)
 
     @property
-    def _hooks_at_use(self) -> dict[str, list[Any]]:
+    def _hooks_at_use(self) -> KeyPatches:
         """The patches of the current hooks. Kept on the model, as `_hook_views`."""
-        return self.model.__dict__.setdefault("rayltx_hooks_at_use", {})
+        return self.model.__dict__.setdefault(HOOKS_AT_USE, {})
 
-    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+    def partially_unload(self, *args: object, **kwargs: object) -> object:
         freed = super().partially_unload(*args, **kwargs)
         self._set_patches_at_use()
         return freed
 
-    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+    def unpatch_model(self, device_to: object = None, unpatch_weights: bool = True) -> None:
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for layer in self.model.modules():
                 if is_quantised_weight(layer, "weight"):
                     set_patches_at_use(layer, "", [], "", self.load_device)
 
-    def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def model_state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Without what quantised layers add when they are saved: to apply hooks, ComfyUI looks for it on the layers."""
         known = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         return {name: tensor for name, tensor in super().model_state_dict(*args, **kwargs).items() if name in known}
 
     # ---- hooks
 
-    def get_combined_hook_patches(self, hooks: Any) -> dict[str, list[Any]]:
-        return dict(hooks.combined) if isinstance(hooks, RemoteHooks) else super().get_combined_hook_patches(hooks)
+    def get_combined_hook_patches(self, hooks: HookGroup) -> KeyPatches:
+        return dict(hooks.patches) if isinstance(hooks, RemoteHooks) else super().get_combined_hook_patches(hooks)
 
     def _make_private(self, key: str) -> None:
         weight = comfy.utils.get_attr(self.model, key)
@@ -128,26 +128,28 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
             comfy.utils.set_attr_param(self.model, key, weight.clone())
 
     def patch_hook_weight_to_device(
-        self, hooks: Any, combined_patches: dict[str, Any], key: str, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, hooks: HookGroup, combined_patches: KeyPatches, key: str, *args: object, **kwargs: object
+    ) -> object:
         if self._is_quantised(key):
             return None  # see `patch_hooks`
         if key in combined_patches:
             self._make_private(key)
         return super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
 
-    def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, *args: Any, **kwargs: Any) -> Any:
+    def patch_cached_hook_weights(
+        self, cached_weights: dict[str, object], key: str, *args: object, **kwargs: object
+    ) -> object:
         self._make_private(key)
         return super().patch_cached_hook_weights(cached_weights, key, *args, **kwargs)
 
-    def patch_hooks(self, hooks: Any) -> Any:
+    def patch_hooks(self, hooks: HookGroup) -> None:
         super().patch_hooks(hooks)
         self._hooks_at_use.clear()
         if hooks is not None:
             self._hooks_at_use.update(self.get_combined_hook_patches(hooks))
         self._set_patches_at_use()
 
-    def unpatch_hooks(self, *args: Any, **kwargs: Any) -> Any:
+    def unpatch_hooks(self, *args: object, **kwargs: object) -> None:
         if self._hooks_at_use:
             self._hooks_at_use.clear()
             self._set_patches_at_use()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from rayltx.comfy_dist.link import Placement
-from rayltx.comfy_dist.releasing import wait_for_releases
-from rayltx.comfy_dist.twin import LoadOptions, TwinPatcher, load_twin, patcher_of
+from rayltx.comfy_dist.comfy_types import BaseModel
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.releasing import wait_for_releases
+from rayltx.comfy_dist.main_process.twin import LoadOptions, TwinPatcher, load_twin, patcher_of
+from rayltx.distributed_worker.weight_sharing import Progress
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _Source:
 class Kept:
     """The model that a loader node had at its last run. It is the node's own, so it goes when ComfyUI forgets the node."""
 
-    base_model: Any = None
+    base_model: BaseModel = None
 
 
 class LoadedModels:
@@ -43,7 +43,7 @@ class LoadedModels:
     """
 
     def __init__(self) -> None:
-        self._living: weakref.WeakValueDictionary[_Source, Any] = weakref.WeakValueDictionary()
+        self._living: weakref.WeakValueDictionary[_Source, BaseModel] = weakref.WeakValueDictionary()
 
     def get(
         self,
@@ -51,7 +51,7 @@ class LoadedModels:
         placement: Placement,
         options: LoadOptions,
         kept: Kept,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> TwinPatcher:
         """A MODEL without patches on a checkpoint's weights, which are loaded if they are not. Raises as `load_twin`."""
         source = _Source.of(path, options)

@@ -14,8 +14,9 @@ import inspect
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_management
 import comfy.model_patcher
@@ -23,41 +24,46 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from rayltx.comfy_dist.bootstrap import HOST
-from rayltx.comfy_dist.detection import detect
-from rayltx.comfy_dist.forwarding import (
-    is_local,
-)
-from rayltx.comfy_dist.link import Link, Placement
-from rayltx.comfy_dist.marks import LINK
-from rayltx.comfy_dist.releasing import release_with
+from rayltx.comfy_dist.comfy_host import COMFY_HOST
+from rayltx.comfy_dist.comfy_types import BaseModel, HookGroup
+from rayltx.comfy_dist.main_process.detection import detect
+from rayltx.comfy_dist.main_process.forwarding import is_local, module_names
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.releasing import release_with
+from rayltx.comfy_dist.main_process.worker_link import WorkerLink
+from rayltx.comfy_dist.marks import LINK, OBJECT_BACKUP, PLACEMENT
 from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.weight_sharing import Progress
 from rayltx.errors import UnsupportedError
 from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
 from rayltx.sequence_parallel.partition import ParallelConfig
-
-_PLACEMENT = "rayltx_placement"
 
 logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def _remote_class(model_class: Any) -> Any:
+def _remote_class(model_class: Any) -> type:
     """ComfyUI's model class, with what needs weights done by the workers."""
 
     class RemoteLTX(model_class):
-        def _forward(self, *args: Any, **kwargs: Any) -> Any:
-            return getattr(self, LINK).forward(self, args, kwargs)
+        def _forward(self, *args: object, **kwargs: object) -> object:
+            return _link_of(self).forward(self, args, kwargs)
 
-        def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        def state_dict(
+            self,
+            *args: object,
+            destination: dict[str, Tensor] | None = None,
+            prefix: str = "",
+            keep_vars: bool = False,
+        ) -> dict[str, Tensor]:
             found = {} if destination is None else destination
-            found.update({prefix + name: tensor for name, tensor in getattr(self, LINK).state_dict.items()})
+            found.update({prefix + name: tensor for name, tensor in _link_of(self).state_dict.items()})
             return found
 
     if hasattr(model_class, "preprocess_text_embeds"):
 
-        def preprocess_text_embeds(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-            return getattr(self, LINK).preprocess_text_embeds(args, kwargs)
+        def preprocess_text_embeds(self: RemoteLTX, *args: Tensor, **kwargs: object) -> Tensor:
+            return _link_of(self).preprocess_text_embeds(args, kwargs)
 
         RemoteLTX.preprocess_text_embeds = preprocess_text_embeds
     RemoteLTX._forward.__signature__ = inspect.signature(model_class._forward)  # type: ignore[attr-defined]
@@ -65,26 +71,29 @@ def _remote_class(model_class: Any) -> Any:
     return RemoteLTX
 
 
+def _link_of(diffusion_model: object) -> WorkerLink:
+    return getattr(diffusion_model, LINK)
+
+
 class TwinPatcher(comfy.model_patcher.ModelPatcher):
     """Loads and unloads as nothing, and stands in ComfyUI's list of loaded models for the workers' memory."""
 
     @property
-    def link(self) -> Link:
-        return getattr(self.model.diffusion_model, LINK)
+    def link(self) -> WorkerLink:
+        return _link_of(self.model.diffusion_model)
 
     @property
     def placement(self) -> Placement:
-        return self.get_attachment(_PLACEMENT) or self.link.placement
+        return self.get_attachment(PLACEMENT) or self.link.placement
 
     def placed(self, placement: Placement) -> TwinPatcher:
-        """A clone that runs elsewhere, or otherwise. Raises ParallelConfigError for more ranks than workers."""
-        placement.check()
+        """A clone that runs elsewhere, or otherwise."""
         clone = self.clone()
-        clone.set_attachments(_PLACEMENT, placement)
+        clone.set_attachments(PLACEMENT, placement)
         return clone
 
     def with_config(self, config: ParallelConfig) -> TwinPatcher:
-        """A clone whose ranks share the work otherwise."""
+        """A clone whose ranks share the work otherwise. Raises ParallelConfigError for more ranks than workers."""
         return self.placed(dataclasses.replace(self.placement, config=config))
 
     def model_size(self) -> int:
@@ -102,18 +111,18 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
     def model_mmap_residency(self, free: bool = False) -> tuple[int, int]:
         return 0, 0
 
-    def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+    def partially_load(self, device_to: object, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
         self.unpatch_model()
         self.patch_model()
         self.link.sync(self)
         return self.loaded_size()
 
-    def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
+    def partially_unload(self, device_to: object, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
         freed = self.loaded_size()
         self.link.unload()
         return freed
 
-    def detach(self, unpatch_all: bool = True) -> Any:
+    def detach(self, unpatch_all: bool = True) -> BaseModel:
         if unpatch_all:  # not for a clone that goes while another samples
             self.unpatch_model()
             self.link.unload()
@@ -121,7 +130,7 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
             callback(self, unpatch_all)
         return self.model
 
-    def patch_model(self, *args: Any, **kwargs: Any) -> Any:
+    def patch_model(self, *args: object, **kwargs: object) -> BaseModel:
         """Apply the object patches that are for this process, such as another model sampling."""
         for name, patch in self.object_patches.items():
             if is_local(name):
@@ -129,7 +138,7 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
                 self.object_patches_backup.setdefault(name, before)
         return self.model
 
-    def unpatch_model(self, *args: Any, **kwargs: Any) -> None:
+    def unpatch_model(self, *args: object, **kwargs: object) -> None:
         for name, before in self.object_patches_backup.items():
             comfy.utils.set_attr(self.model, name, before)
         self.object_patches_backup.clear()
@@ -150,10 +159,10 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
 
     # ---- hooks: combined here, where their strengths are known, applied there
 
-    def patch_hooks(self, hooks: Any) -> None:
+    def patch_hooks(self, hooks: HookGroup) -> None:
         self.current_hooks = hooks
 
-    def unpatch_hooks(self, whitelist_keys_set: Any = None) -> None:
+    def unpatch_hooks(self, whitelist_keys_set: object = None) -> None:
         self.current_hooks = None
 
     def clean_hooks(self) -> None:
@@ -162,17 +171,17 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
 
     # ---- what cannot be done without the weights
 
-    def get_key_patches(self, filter_prefix: Any = None) -> Any:
+    def get_key_patches(self, filter_prefix: object = None) -> NoReturn:
         raise UnsupportedError(
             "this MODEL holds no weights, they are with the Ray workers: it cannot be merged into another or saved; load the "
             "file with ComfyUI's own loader for that"
         )
 
-    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
-        return self.get_key_patches()
+    def model_state_dict_for_saving(self, *args: object, **kwargs: object) -> NoReturn:
+        self.get_key_patches()
 
-    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
-        return self.get_key_patches()
+    def state_dict_for_saving(self, *args: object, **kwargs: object) -> NoReturn:
+        self.get_key_patches()
 
 
 @dataclass(frozen=True)
@@ -185,24 +194,25 @@ class LoadOptions:
 
 
 def load_twin(
-    path: str, placement: Placement, options: LoadOptions = LoadOptions(), progress: Any = None
+    path: str, placement: Placement, options: LoadOptions = LoadOptions(), progress: Progress | None = None
 ) -> TwinPatcher:
     """Load a checkpoint on the workers, and make the MODEL that stands for it. Starts them if they do not run.
 
-    progress: see `Cluster.load`.
     Raises CheckpointError and UnsupportedError before any worker is asked; SelfTestError if this ComfyUI's model would
     give another picture on several ranks.
     """
-    placement.check()
     with torch.inference_mode():
         checkpoint = open_model_file(path)
         detected = detect(checkpoint, options.weight_dtype, options.dequant_dtype, options.patch_dtype)
         checkpoint.check_values()
         started = time.monotonic()
         cluster = Cluster.start(placement.request)
-        remote = cluster.load(checkpoint, detected.spec, HOST, detected.dtypes, progress, keeps_host_copy=True)
         base_model = detected.base_model
-        link = Link(remote, placement, detected)
+        refer = module_names(base_model.diffusion_model)
+        remote = cluster.load(
+            checkpoint, detected.spec, COMFY_HOST, detected.dtypes, progress, keeps_host_copy=True, refer=refer
+        )
+        link = WorkerLink(cluster, remote, placement, detected)
         try:
             link.move(placement)
         except BaseException:
@@ -210,7 +220,7 @@ def load_twin(
             raise
         logger.info(
             "%s, %s: %.2f GiB on %d workers in %.1f s", os.path.basename(path), checkpoint.version,
-            remote.weight_bytes / 2**30, placement.request.workers, time.monotonic() - started,
+            remote.source.weight_bytes / 2**30, placement.request.workers, time.monotonic() - started,
         )  # fmt: skip
         diffusion_model = base_model.diffusion_model
         # The modules and the configuration of ComfyUI's class, on no memory; what needs weights goes over the link.
@@ -222,23 +232,23 @@ def load_twin(
         return patcher_of(base_model).placed(placement)
 
 
-def patcher_of(base_model: Any) -> TwinPatcher:
+def patcher_of(base_model: BaseModel) -> TwinPatcher:
     """A MODEL without patches on a twin's model."""
     load_device = comfy.model_management.get_torch_device()
     patcher = TwinPatcher(base_model, load_device, comfy.model_management.unet_offload_device())
     # All MODELs on it undo each other's object patches, as clones of one do.
-    patcher.object_patches_backup = base_model.__dict__.setdefault("rayltx_object_backup", {})
+    patcher.object_patches_backup = base_model.__dict__.setdefault(OBJECT_BACKUP, {})
     return patcher
 
 
-def _share_memory_estimate(base_model: Any, link: Link) -> None:
+def _share_memory_estimate(base_model: BaseModel, link: WorkerLink) -> None:
     """ComfyUI decides by it whether positive and negative go in one batch: a rank holds its share of the tokens.
 
     It asks before it samples, which is also how the link learns the shape of what is to come.
     """
     whole = base_model.memory_required
 
-    def memory_required(input_shape: Any, *args: Any, **kwargs: Any) -> float:
+    def memory_required(input_shape: Sequence[int], *args: object, **kwargs: object) -> float:
         link.latent_shape = list(input_shape)
         return whole(input_shape, *args, **kwargs) / link.placement.config.world_size
 

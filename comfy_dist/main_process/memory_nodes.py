@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
-from rayltx.comfy_dist.feed_forward_patch import with_chunked_feed_forward
+from rayltx.comfy_dist.comfy_types import Model
+from rayltx.comfy_dist.main_process.feed_forward_patch import with_chunked_feed_forward
 from rayltx.comfy_dist.marks import is_twin
 from rayltx.errors import InputError, ParallelConfigError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 
-def _require_twin(model: Any) -> None:
+def _require_twin(model: Model) -> None:
     if not is_twin(model):
         raise InputError(
             "this MODEL is on one GPU: load it with Load Diffusion Model (Ray), whose second output is a MODEL that runs on "
@@ -21,13 +21,13 @@ def _require_twin(model: Any) -> None:
         )
 
 
-def with_ulysses(model: Any, num_gpus: int, chunks: int) -> tuple[Any, str]:
+def with_ulysses(model: Model, num_gpus: int, chunks: int) -> tuple[Model, str]:
     """Share a MODEL among the first `num_gpus` workers by Ulysses. Returns a clone, and what was done.
 
     Raises InputError for a MODEL that is not ours, ParallelConfigError for more ranks than workers.
     """
     _require_twin(model)
-    shared = model.with_config(_checked(model, ParallelConfig(ulysses_degree=num_gpus)))
+    shared = _shared(model, ParallelConfig(ulysses_degree=num_gpus))
     info = f"Ulysses over {num_gpus} workers"
     if chunks != 1:
         shared = with_chunked_feed_forward(shared, chunks)
@@ -35,7 +35,7 @@ def with_ulysses(model: Any, num_gpus: int, chunks: int) -> tuple[Any, str]:
     return shared, info
 
 
-def with_ring(model: Any, num_gpus: int) -> tuple[Any, str]:
+def with_ring(model: Model, num_gpus: int) -> tuple[Model, str]:
     """Share a MODEL by ring attention among `num_gpus` GPUs without the first one. Returns a clone, and what was done.
 
     On the CPU there is no first GPU to leave out, and all `num_gpus` workers take part. Raises as `with_ulysses`.
@@ -43,8 +43,7 @@ def with_ring(model: Any, num_gpus: int) -> tuple[Any, str]:
     _require_twin(model)
     request = model.placement.request
     if request.device == "cpu" or num_gpus == 1:
-        config = _checked(model, ParallelConfig(ring_degree=num_gpus))
-        return model.with_config(config), f"ring attention over {num_gpus} workers"
+        return _shared(model, ParallelConfig(ring_degree=num_gpus)), f"ring attention over {num_gpus} workers"
     visible = torch.cuda.device_count()
     if num_gpus > visible:
         raise ParallelConfigError(f"num_gpus={num_gpus}, but {visible} are visible to ComfyUI; lower it")
@@ -55,11 +54,10 @@ def with_ring(model: Any, num_gpus: int) -> tuple[Any, str]:
     return model.placed(placement), f"ring attention over GPU {chosen}; GPU 0 is left to the text encoder and the VAE"
 
 
-def _checked(model: Any, config: ParallelConfig) -> ParallelConfig:
-    workers = model.placement.request.workers
-    if config.world_size > workers:
+def _shared(model: Model, config: ParallelConfig) -> Model:
+    try:
+        return model.with_config(config)
+    except ParallelConfigError as error:
         raise ParallelConfigError(
-            f"num_gpus={config.world_size}, but Ray Init Actor started {workers} workers; raise its GPU and degrees to "
-            f"{config.world_size}, or lower num_gpus"
-        )
-    return config
+            f"num_gpus={config.world_size}: {error}; Ray Init Actor starts them, by its GPU and degrees"
+        ) from error

@@ -11,20 +11,21 @@ import logging
 import queue
 import threading
 import weakref
-from typing import Any
 
-from rayltx.comfy_dist.link import Link
+from rayltx.comfy_dist.comfy_types import BaseModel
+from rayltx.comfy_dist.main_process.worker_link import WorkerLink
 
 logger = logging.getLogger(__name__)
 
 # Of links whose MODEL is gone; an Event asks to be set when all before it are done. A SimpleQueue can be put to in a
 # finaliser, whatever is going on in the thread that it interrupts.
-_orphans: queue.SimpleQueue[Link | threading.Event] = queue.SimpleQueue()
+_orphans: queue.SimpleQueue[WorkerLink | threading.Event] = queue.SimpleQueue()
 _RELEASE_TIMEOUT_S = 30.0
 
 
 @functools.cache
 def _janitor() -> threading.Thread:
+    """The thread that releases what is queued, started at the first call."""
 
     def work() -> None:
         while True:
@@ -33,7 +34,7 @@ def _janitor() -> threading.Thread:
                 orphan.set()
                 continue
             try:
-                orphan.remote.release_unless_busy()
+                orphan.release()
             except Exception:  # the thread must go on
                 logger.exception("a model could not be released")
             del orphan
@@ -53,7 +54,7 @@ def wait_for_releases() -> None:
         logger.warning("models that are no longer used were not released within %.0f s", _RELEASE_TIMEOUT_S)
 
 
-def release_with(base_model: Any, link: Link) -> None:
+def release_with(base_model: BaseModel, link: WorkerLink) -> None:
     """Let the workers forget the model when ComfyUI's `base_model` is collected."""
     _janitor()
     weakref.finalize(base_model, _orphans.put, link).atexit = False

@@ -6,18 +6,17 @@ own free memory could decide otherwise.
 
 from __future__ import annotations
 
-import inspect
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayltx.comfy_dist.bootstrap import comfyui_version
+from rayltx.comfy_dist.comfy_environment import comfyui_version
+from rayltx.comfy_dist.comfy_types import BaseModel
 from rayltx.comfy_dist.gguf_spec import GGUFSpec, keeps_blocks
+from rayltx.comfy_dist.model_spec import ComfySpec, build_base_model, missing_text_modules
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.errors import CheckpointError, UnsupportedError
 from rayltx.expansion.comfyui_gguf.checkpoint import quantised_formats
@@ -30,22 +29,9 @@ _READ_BYTES = 4096  # tensors up to this size are read for detection: scales and
 
 
 @dataclass(frozen=True)
-class ComfySpec:
-    """How a worker builds ComfyUI's model. Picklable."""
-
-    version: str  # of ComfyUI
-    model_version: str  # LTX-2.3, ...
-    metadata: Mapping[str, str]
-    unet_dtype: torch.dtype
-    manual_cast_dtype: torch.dtype | None
-    fp8_optimizations: bool = False
-    gguf: GGUFSpec | None = None
-
-
-@dataclass(frozen=True)
 class Detected:
     spec: ComfySpec
-    base_model: Any  # ComfyUI's BaseModel, its parameters without memory
+    base_model: BaseModel  # its parameters without memory
     state_dict: Mapping[str, Tensor]  # the parameters' names and shapes, without memory but for small ones
     dtypes: Mapping[str, torch.dtype]  # of tensors that are converted when they are read
 
@@ -115,23 +101,6 @@ def check_version() -> None:
         )
 
 
-def build_base_model(config: Any, spec: ComfySpec, tensors: Mapping[str, Tensor], device: torch.device | None) -> Any:
-    """ComfyUI's BaseModel for a detected configuration. device: None leaves parameters on the CPU, untouched."""
-    arguments = {}
-    if "device" in inspect.signature(config.set_inference_dtype).parameters:
-        import comfy.model_management
-
-        arguments["device"] = comfy.model_management.get_torch_device()
-    config.set_inference_dtype(spec.unet_dtype, spec.manual_cast_dtype, **arguments)
-    if spec.fp8_optimizations:
-        config.optimizations["fp8"] = True
-    if spec.gguf is not None:
-        from rayltx.comfy_dist.gguf_operations import gguf_operations
-
-        config.custom_operations = gguf_operations(spec.gguf)
-    return config.get_model(tensors, "", device=device)
-
-
 def _header(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The checkpoint's tensors: small ones read, others shapes without memory. Blocks have the shape of their values."""
     tensors = {}
@@ -147,21 +116,9 @@ def _header(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def is_quantised(name: str, tensors: Mapping[str, Any]) -> bool:
+def is_quantised(name: str, tensors: Mapping[str, object]) -> bool:
     """Whether a weight belongs to a quantised layer, whose tensors are taken as they are."""
     return f"{name.rpartition('.')[0]}.comfy_quant" in tensors
-
-
-def missing_text_modules(model: torch.nn.Module, tensors: Mapping[str, Any]) -> list[str]:
-    """The modules that only prepare text, and that a file leaves out: some keep them with the text encoder.
-
-    Text that was encoded with them does not need them. A module that is there in part is not left out, but damaged.
-    """
-    names = ["audio_embeddings_connector", "video_embeddings_connector"]
-    if getattr(model, "caption_proj_before_connector", False):
-        names += ["caption_projection", "audio_caption_projection"]
-    present = {name.split(".")[0] for name in tensors}
-    return [name for name in names if getattr(model, name, None) is not None and name not in present]
 
 
 def _check_parameters(checkpoint: Checkpoint, model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -187,7 +144,7 @@ def _check_parameters(checkpoint: Checkpoint, model: torch.nn.Module, tensors: M
 
 
 def _conversions(
-    base_model: Any, tensors: Mapping[str, Tensor], file_tensors: Mapping[str, Tensor], spec: ComfySpec
+    base_model: BaseModel, tensors: Mapping[str, Tensor], file_tensors: Mapping[str, Tensor], spec: ComfySpec
 ) -> dict[str, torch.dtype]:
     """The dtype of each tensor that is not in the file as ComfyUI would hold it in memory.
 
@@ -219,8 +176,3 @@ def _conversions(
         if wanted != tensor.dtype:
             conversions[name] = wanted
     return conversions
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """A model configuration as text, the same for equal configurations."""
-    return json.dumps({key: str(value) for key, value in sorted(config.items())})

@@ -1,4 +1,4 @@
-"""The command line on a real ComfyUI: its own model in the workers, its own sampler here."""
+"""ComfyUI without its server, for the command line: its own model in the workers, its own sampler here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayltx.comfy_dist.bootstrap import HOST, ComfyEnvironment, enter, is_comfyui
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, enter, is_comfyui
+from rayltx.comfy_dist.comfy_host import COMFY_HOST
+from rayltx.comfy_dist.comfy_types import Conditioning, Model
+from rayltx.comfy_dist.main_process.self_test_record import ask_errors
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -24,8 +28,8 @@ def comfyui_cluster(root: Path, request: ClusterRequest) -> Iterator[Cluster]:
     if not is_comfyui(root):
         raise InputError(f"comfyui={root}: there is no ComfyUI in that folder (no comfy/sd.py)")
     environment = ComfyEnvironment.headless(str(root.resolve()), cpu=request.device == "cpu")
-    bootstrap = ("rayltx.comfy_dist.bootstrap:enter", environment)
-    with Cluster.start(dataclasses.replace(request, host=HOST, bootstrap=bootstrap)) as cluster:
+    request = dataclasses.replace(request, host=COMFY_HOST, bootstrap=environment.bootstrap())
+    with Cluster.start(request) as cluster:
         try:
             enter(environment, request.device)
         except ImportError as error:
@@ -45,7 +49,7 @@ def comfyui_schedule(steps: int, video: Tensor) -> Tensor:
 
 
 def sample_with_comfyui(
-    twin: Any,
+    twin: Model,
     noise: dict[str, Tensor],
     sigmas: Tensor,
     positive: dict[str, Any],
@@ -73,7 +77,7 @@ def sample_with_comfyui(
     return dict(zip(names, out.unbind() if len(streams) > 1 else [out]))
 
 
-def _conditioning(side: dict[str, Any]) -> list[Any]:
+def _conditioning(side: dict[str, Any]) -> Conditioning:
     """ComfyUI's CONDITIONING from the command line's: of LTX-2 and later, both streams' text side by side."""
     context = side["context"]
     if "audio_context" in side:
@@ -92,7 +96,7 @@ def comfyui_errors(
     on_config: Callable[[str, int], None],
 ) -> Iterator[tuple[str, list[dict[str, float | str]]]]:
     """The self-test's errors by case, one dictionary for each config, for each version of the model."""
-    from rayltx.comfy_dist.detection import detect
+    from rayltx.comfy_dist.main_process.detection import detect
     from rayltx.comfy_dist.tiny_checkpoints import known_versions, save_tiny_checkpoint
     from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 
@@ -105,10 +109,10 @@ def comfyui_errors(
         save_tiny_checkpoint(path, version)
         checkpoint = open_checkpoint(path)
         detected = detect(checkpoint)
-        remote = cluster.load(checkpoint, detected.spec, HOST, detected.dtypes)
+        remote = cluster.load(checkpoint, detected.spec, COMFY_HOST, detected.dtypes)
         errors = []
         for number, config in enumerate(configs):
             on_config(version, number)
-            errors.append(remote.call_collective("self_test", config, "the self-test")[0])
+            errors.append(ask_errors(remote, config))
         remote.release()
         yield version, errors

@@ -6,13 +6,13 @@ import functools
 import sys
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ray import cloudpickle
 from torch import Tensor, nn
 
+from rayltx.comfy_dist.comfy_types import Model, Options
+from rayltx.comfy_dist.wire import PatchState
 from rayltx.distributed_worker.messages import Refer, pack
 from rayltx.errors import UnsupportedError
 
@@ -26,62 +26,44 @@ _INSTALLED = frozenset(("site-packages", "dist-packages"))
 _BOTH = ("manual_cast_dtype",)  # object patches that count on both sides
 
 
-@dataclass(frozen=True)
-class PatchState:
-    """The patches of one MODEL: what makes its weights others than the file's."""
-
-    uuid: Any = None
-    patches: dict[str, list[Any]] = field(default_factory=dict)  # of weights: LoRA and its kin
-    object_patches: dict[str, Any] = field(default_factory=dict)
-    weight_wrappers: dict[str, list[Any]] = field(default_factory=dict)
-    injections: dict[str, list[Any]] = field(default_factory=dict)
-    force_cast_weights: bool = False
-
-    @classmethod
-    def of(cls, patcher: Any) -> PatchState:
-        """What a patcher of the ComfyUI process would do to the weights."""
-        return cls(
-            patcher.patches_uuid,
-            dict(patcher.patches),
-            {name: patch for name, patch in patcher.object_patches.items() if is_remote(name)},
-            {key: list(found) for key, found in getattr(patcher, "weight_wrapper_patches", {}).items()},
-            {key: list(found) for key, found in patcher.injections.items()},
-            bool(getattr(patcher, "force_cast_weights", False)),
-        )
-
-    def apply_to(self, patcher: Any) -> None:
-        """Give a worker's patcher the same."""
-        patcher.patches = self.patches
-        patcher.patches_uuid = self.uuid
-        patcher.object_patches = self.object_patches
-        patcher.weight_wrapper_patches = self.weight_wrappers
-        patcher.injections = self.injections
-        patcher.force_cast_weights = self.force_cast_weights
-
-    def is_same(self, other: PatchState) -> bool:
-        """Whether the workers would have to be told nothing new. ComfyUI's uuid covers only the weights' patches.
-
-        Objects are compared by identity, which counts only while both are alive: keep the state that was sent.
-        """
-        if (self.uuid, self.force_cast_weights) != (other.uuid, other.force_cast_weights):
-            return False
-        pairs = (
-            (self.object_patches, other.object_patches),
-            (self.weight_wrappers, other.weight_wrappers),
-            (self.injections, other.injections),
-        )
-        return all(
-            mine.keys() == theirs.keys() and all(_is_same(mine[k], theirs[k]) for k in mine) for mine, theirs in pairs
-        )
+def patch_state_of(patcher: Model) -> PatchState:
+    """What a patcher of this process would do to the weights and the modules."""
+    return PatchState(
+        patches_uuid=patcher.patches_uuid,
+        patches=dict(patcher.patches),
+        object_patches={name: patch for name, patch in patcher.object_patches.items() if is_remote(name)},
+        weight_wrapper_patches={
+            key: list(found) for key, found in getattr(patcher, "weight_wrapper_patches", {}).items()
+        },
+        injections={key: list(found) for key, found in patcher.injections.items()},
+        force_cast_weights=bool(getattr(patcher, "force_cast_weights", False)),
+    )
 
 
-def _is_same(mine: Any, theirs: Any) -> bool:
+def is_same_state(state: PatchState, sent: PatchState) -> bool:
+    """Whether the workers would have to be told nothing new. ComfyUI's uuid covers only the weights' patches.
+
+    Objects are compared by identity, which counts only while both are alive: keep the state that was sent.
+    """
+    if (state.patches_uuid, state.force_cast_weights) != (sent.patches_uuid, sent.force_cast_weights):
+        return False
+    pairs: tuple[tuple[Mapping[str, object], Mapping[str, object]], ...] = (
+        (state.object_patches, sent.object_patches),
+        (state.weight_wrapper_patches, sent.weight_wrapper_patches),
+        (state.injections, sent.injections),
+    )
+    return all(
+        mine.keys() == theirs.keys() and all(_is_same(mine[k], theirs[k]) for k in mine) for mine, theirs in pairs
+    )
+
+
+def _is_same(mine: object, theirs: object) -> bool:
     if isinstance(mine, list) and isinstance(theirs, list):
         return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs))
     return mine is theirs
 
 
-def remote_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def remote_options(options: Options) -> Options:
     """The transformer options that the workers need, without those that change with every step.
 
     The model reads plain values. Objects are read by patches alone: without a patch of the model's inside, they belong to
@@ -92,7 +74,7 @@ def remote_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if patched or name in _PATCHES or _is_plain(value)}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -112,7 +94,7 @@ def module_names(diffusion_model: nn.Module) -> Refer:
     """Lets closures over the model's modules cross: a worker puts its own module of that name in their place."""
     names = {id(module): name for name, module in diffusion_model.named_modules()}
 
-    def refer(obj: Any) -> str | None:
+    def refer(obj: object) -> str | None:
         return names.get(id(obj)) if isinstance(obj, nn.Module) else None
 
     return refer
@@ -148,7 +130,7 @@ def _is_importable(name: str, file: str, folder_paths_file: str) -> bool:
     return any(Path(path).resolve() in parents for path in sysconfig.get_paths().values())
 
 
-def check_sendable(items: Mapping[str, Any], what: str, refer: Refer) -> None:
+def check_sendable(items: Mapping[str, object], what: str, refer: Refer | None) -> None:
     """Raises UnsupportedError that names the one item which cannot cross to another process."""
     for name, item in items.items():
         try:

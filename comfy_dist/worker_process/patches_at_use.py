@@ -16,6 +16,7 @@ from comfy.model_patcher import LowVramPatch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
+from rayltx.comfy_dist.comfy_types import Layer
 from rayltx.comfy_dist.gguf_spec import chosen_dtype
 
 
@@ -45,7 +46,9 @@ def _to_device(patch: Any, device: torch.device) -> Any:
     return patch
 
 
-def set_patches_at_use(layer: Any, key: str, sources: list[list[Any]], patch_dtype: str, device: torch.device) -> None:
+def set_patches_at_use(
+    layer: Layer, key: str, sources: list[list[Any]], patch_dtype: str, device: torch.device
+) -> None:
     """Make these, in order, the patches of a quantised layer, in place of any that it had.
 
     What else is among its functions stays, before them. ComfyUI's own patches for layers that it leaves on the host go:
@@ -62,7 +65,7 @@ def set_patches_at_use(layer: Any, key: str, sources: list[list[Any]], patch_dty
     layer.weight_function = [*others, *patches]
 
 
-def is_quantised_weight(module: Any, name: str) -> bool:
+def is_quantised_weight(module: Layer, name: str) -> bool:
     """Whether a module's parameter `name` would have to be quantised again to be patched."""
     if name != "weight" or not hasattr(module, "weight_function") or module.weight is None:
         return False

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from rayltx.comfy_dist.comfy_types import KeyPatches
+
 Shape = tuple[int, int]
 
 
-def misfits(patches: Mapping[str, list[Any]], weights: Mapping[str, Tensor], prefix: str) -> list[str]:
+def misfits(patches: KeyPatches, weights: Mapping[str, Tensor], prefix: str) -> list[str]:
     """A line for each patched weight whose patch is of another shape, saying both.
 
     patches: as a ModelPatcher holds them, by name with `prefix`. weights: by name without; shapes are looked at alone.
@@ -31,7 +33,7 @@ def misfits(patches: Mapping[str, list[Any]], weights: Mapping[str, Tensor], pre
     return found
 
 
-def _shape_of(patch: Any) -> Shape | None:
+def _shape_of(patch: object) -> Shape | None:
     """Of the difference that a patch makes. ComfyUI's adapters keep their tensors in a tuple, a kind its own order."""
     kind = getattr(patch, "name", None)
     parts: Any = getattr(patch, "weights", None)

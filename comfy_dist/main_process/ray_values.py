@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import comfy.utils
 
-from rayltx.comfy_dist.link import Placement
-from rayltx.comfy_dist.loading import Kept, loaded_models
-from rayltx.comfy_dist.lora_files import LoraFile
-from rayltx.comfy_dist.loras import with_loras
-from rayltx.comfy_dist.twin import LoadOptions, TwinPatcher
+from rayltx.comfy_dist.comfy_types import Guider, Model
+from rayltx.comfy_dist.main_process.loaded_models import Kept, loaded_models
+from rayltx.comfy_dist.main_process.lora_files import LoraFile
+from rayltx.comfy_dist.main_process.loras import with_loras
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.twin import LoadOptions, TwinPatcher
 
 _PROGRESS_STEPS = 100
 
@@ -24,7 +24,7 @@ class RayActors:
 
     model: TwinPatcher
 
-    def with_model(self, model: Any) -> RayActors:
+    def with_model(self, model: Model) -> RayActors:
         return dataclasses.replace(self, model=model)
 
 
@@ -32,11 +32,11 @@ class RayActors:
 class RayGuider:
     """ComfyUI's GUIDER, and whose model it guides."""
 
-    guider: Any
+    guider: Guider
     actors: RayActors
 
 
-def kept_by(node: Any) -> Kept:
+def kept_by(node: object) -> Kept:
     """What a loader node keeps, on the node."""
     return node.__dict__.setdefault("_rayltx_kept", Kept())
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from rayltx.comfy_dist.attention_names import attention_arguments
-from rayltx.comfy_dist.bootstrap import HOST, ComfyEnvironment
-from rayltx.comfy_dist.link import Placement
-from rayltx.distributed_worker.cluster import Cluster, ClusterRequest
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
+from rayltx.comfy_dist.comfy_host import COMFY_HOST
+from rayltx.comfy_dist.main_process.attention_names import attention_arguments
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
+from rayltx.distributed_worker.request import LOCAL, ClusterRequest
 from rayltx.errors import DeviceError, InputError, ParallelConfigError, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -25,7 +27,7 @@ _HOST_PORT = re.compile(r"[\w.\-]+:\d{1,5}")
 class InitializerSettings:
     """The widgets of RayInitializer and RayInitializerAdvanced, by their names there."""
 
-    ray_cluster_address: str = "local"
+    ray_cluster_address: str = LOCAL
     ray_cluster_namespace: str = "default"
     GPU: int = 2
     ulysses_degree: int = 2
@@ -54,7 +56,7 @@ class InitializerSettings:
         workers = self.GPU or len(indices) or self._default_workers()
         if indices and self.GPU and len(indices) != self.GPU:
             raise DeviceError(f"GPU={self.GPU}, but gpu_indices names {len(indices)}: make them agree, or set GPU to 0")
-        if self.device == "cuda" and self.ray_cluster_address == "local":
+        if self.device == "cuda" and self.ray_cluster_address == LOCAL:
             self._check_gpus(workers)
         try:
             config = ParallelConfig.for_workers(workers, self.ulysses_degree, self.ring_degree)
@@ -74,8 +76,8 @@ class InitializerSettings:
             namespace=self.ray_cluster_namespace,
             gpu_indices=indices,
             object_store_bytes=int(self.ray_object_store_gb * 2**30),
-            host=HOST,
-            bootstrap=("rayltx.comfy_dist.bootstrap:enter", environment),
+            host=COMFY_HOST,
+            bootstrap=environment.bootstrap(),
             map_files=self.use_mmap,
             dashboard=self._dashboard(),
             group_address=self._group_address(),

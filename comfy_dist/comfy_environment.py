@@ -7,9 +7,9 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-HOST = "rayltx.comfy_dist.worker_model:ComfyModel"
+from rayltx.distributed_worker.request import Bootstrap
+
 _PER_PROMPT = ("preview_method",)  # arguments that ComfyUI sets anew for each prompt
 
 
@@ -18,7 +18,7 @@ class ComfyEnvironment:
     """What a process needs to know of a ComfyUI to be like it. Picklable; two equal ones make equal workers."""
 
     root: str
-    arguments: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's command line
+    arguments: dict[str, object] = field(default_factory=dict)  # of ComfyUI's command line
     # name: (paths, endings). Nodes add to them at any time, which is no reason to start other workers.
     folders: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict, compare=False)
 
@@ -39,6 +39,10 @@ class ComfyEnvironment:
     def headless(cls, root: str, cpu: bool) -> ComfyEnvironment:
         """A checkout with its default arguments, for use without its server."""
         return cls(root, {"cpu": cpu})
+
+    def bootstrap(self) -> Bootstrap:
+        """What lets a worker `enter` it before it imports anything of ComfyUI."""
+        return Bootstrap(f"{__name__}:{enter.__name__}", self)
 
 
 def enter(environment: ComfyEnvironment, device: str) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayltx.comfy_dist.comfy_nodes import CUSTOM_SAMPLING, call_node
+from rayltx.comfy_dist.comfy_types import Conditioning, Guider, Latent, Model, Sampler
+from rayltx.comfy_dist.main_process.comfy_nodes import CUSTOM_SAMPLING, call_node
 from rayltx.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -41,28 +41,28 @@ class SamplingRange:
 
 
 def sample_scheduled(
-    model: Any,
+    model: Model,
     add_noise: bool,
     seed: int,
     steps: int,
     cfg: float,
     sampler_name: str,
     scheduler: str,
-    positive: Any,
-    negative: Any,
-    latent: dict[str, Any],
-    part: SamplingRange,
+    positive: Conditioning,
+    negative: Conditioning,
+    latent: Latent,
+    sampling_range: SamplingRange,
     sigmas: Tensor | None = None,
-) -> dict[str, Any]:
+) -> Latent:
     """Sample with one of ComfyUI's schedulers, as its KSampler does, or on sigmas that were made elsewhere.
 
     Returns the LATENT. Raises InputError for sigmas that are none.
     """
     if sigmas is None:
         out = importlib.import_module("nodes").common_ksampler(
-            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise=part.denoise,
-            disable_noise=not add_noise, start_step=part.start_at_step, last_step=part.end_at_step,
-            force_full_denoise=not part.return_with_leftover_noise,
+            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise=sampling_range.denoise,
+            disable_noise=not add_noise, start_step=sampling_range.start_at_step, last_step=sampling_range.end_at_step,
+            force_full_denoise=not sampling_range.return_with_leftover_noise,
         )  # fmt: skip
         return out[0]
     if sigmas.ndim != 1 or not torch.isfinite(sigmas).all():
@@ -71,7 +71,7 @@ def sample_scheduled(
         )
     if steps != len(sigmas) - 1:
         logger.warning("steps=%d is not used: the sigmas that are connected make %d steps", steps, len(sigmas) - 1)
-    chosen = part.of(sigmas)
+    chosen = sampling_range.of(sigmas)
     if len(chosen) < 2:
         return latent  # as ComfyUI does for a range without a step
     sampler = call_node(CUSTOM_SAMPLING, "KSamplerSelect", sampler_name=sampler_name)[0]
@@ -79,16 +79,16 @@ def sample_scheduled(
 
 
 def sample_custom(
-    model: Any,
+    model: Model,
     add_noise: bool,
     seed: int,
     cfg: float,
-    positive: Any,
-    negative: Any,
-    sampler: Any,
+    positive: Conditioning,
+    negative: Conditioning,
+    sampler: Sampler,
     sigmas: Tensor,
-    latent: dict[str, Any],
-) -> dict[str, Any]:
+    latent: Latent,
+) -> Latent:
     """ComfyUI's SamplerCustom. Returns the LATENT."""
     return call_node(
         CUSTOM_SAMPLING, "SamplerCustom", model=model, add_noise=add_noise, noise_seed=seed, cfg=cfg, positive=positive,
@@ -97,8 +97,8 @@ def sample_custom(
 
 
 def sample_guided(
-    guider: Any, add_noise: bool, seed: int, sampler: Any, sigmas: Tensor, latent: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    guider: Guider, add_noise: bool, seed: int, sampler: Sampler, sigmas: Tensor, latent: Latent
+) -> tuple[Latent, Latent]:
     """ComfyUI's SamplerCustomAdvanced. Returns its two LATENTs."""
     noise = (
         call_node(CUSTOM_SAMPLING, "RandomNoise", noise_seed=seed)[0]

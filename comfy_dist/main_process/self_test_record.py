@@ -1,4 +1,4 @@
-"""The self-test's verdicts: each ComfyUI and model configuration is tried once, and remembered."""
+"""The self-test on the workers, and the record of its verdicts: each kind of model is tried once on each kind of ranks."""
 
 from __future__ import annotations
 
@@ -7,36 +7,43 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rayltx.about import ROOT, VERSION
-from rayltx.comfy_dist.detection import ComfySpec, config_digest
+from rayltx.comfy_dist.comfy_host import ComfyHost
+from rayltx.comfy_dist.comfy_types import BaseModel
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.model_spec import ComfySpec
 from rayltx.comfy_dist.self_test import check_errors
-from rayltx.distributed_worker.cluster import RemoteModel
+from rayltx.distributed_worker.rank_group import START_TIMEOUT_S
+from rayltx.distributed_worker.remote_model import RemoteModel
+from rayltx.distributed_worker.worker_calls import ask_together
 from rayltx.errors import RanksDisagree, RanksFailedAlike
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
 
-def prove_seam(remote: RemoteModel, config: ParallelConfig, spec: ComfySpec, base_model: Any) -> None:
+def prove_seam(remote: RemoteModel, placement: Placement, spec: ComfySpec, base_model: BaseModel) -> None:
     """Try the seam on the ranks that will use it, unless it has passed there before.
 
     Raises SelfTestError if a tiny model of this class and configuration gives something else on these ranks than alone.
     """
+    config = placement.config
     if config.world_size == 1:
         return
     about = f"ComfyUI {spec.version}, {spec.model_version}"
-    key = verdict_key(spec, base_model, config, remote.cluster.request.device)
+    key = verdict_key(spec, base_model, config, placement.request.device)
     passed = _read()
     if key in passed:
         return
     started = time.monotonic()
     try:
-        errors = remote.call_collective("self_test", config, "the self-test")[0]
+        errors = ask_errors(remote, config)
     except (RanksDisagree, RanksFailedAlike) as error:  # says the same as a wrong number, unless memory ran out
         if "out of memory" in str(error).lower():
             raise
@@ -50,7 +57,13 @@ def prove_seam(remote: RemoteModel, config: ParallelConfig, spec: ComfySpec, bas
     _write({**passed, key: {"about": about, "largest_error": worst, "world_size": config.world_size}})
 
 
-def verdict_key(spec: ComfySpec, base_model: Any, config: ParallelConfig, device: str) -> str:
+def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float | str]:
+    """The self-test's errors by kind of input, on the ranks of a group. Raises as `RemoteModel.call_together`."""
+    call = ask_together(ComfyHost.self_test)
+    return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, repeats=0)
+
+
+def verdict_key(spec: ComfySpec, base_model: BaseModel, config: ParallelConfig, device: str) -> str:
     """Changes with anything that the verdict could depend on: ComfyUI's code, ours, torch, the model, the degrees."""
     model_class = next(c for c in type(base_model.diffusion_model).__mro__ if c.__module__.startswith("comfy."))
     folder = Path(sys.modules[model_class.__module__].__file__ or "").parent
@@ -59,9 +72,14 @@ def verdict_key(spec: ComfySpec, base_model: Any, config: ParallelConfig, device
     for source in (path for part in folders for path in sorted(part.glob("*.py"))):
         digest.update(source.read_bytes())
     unet_config = {k: v for k, v in base_model.model_config.unet_config.items() if k != "dtype"}
-    rest = (spec.version, VERSION, torch.__version__, device, model_class.__name__, config_digest(unet_config))
+    rest = (spec.version, VERSION, torch.__version__, device, model_class.__name__, _as_text(unet_config))
     digest.update(json.dumps([*rest, config.ulysses_degree, config.ring_degree]).encode())
     return f"{spec.version}-{digest.hexdigest()[:24]}"
+
+
+def _as_text(config: Mapping[str, object]) -> str:
+    """A model configuration as text, the same for equal configurations."""
+    return json.dumps({key: str(value) for key, value in sorted(config.items())})
 
 
 def _path() -> Path:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import NoReturn
 
+import comfy.hooks
+import comfy.model_detection
+import comfy.model_management
+import comfy.utils
 import torch
 from torch import Tensor
 
-from rayltx.comfy_dist.detection import ComfySpec, build_base_model, missing_text_modules
-from rayltx.comfy_dist.shared_patcher import PATCH_DTYPE, SharedWeightPatcher
+from rayltx.comfy_dist.comfy_types import BaseModel
+from rayltx.comfy_dist.marks import PATCH_DTYPE
+from rayltx.comfy_dist.model_spec import ComfySpec, build_base_model, missing_text_modules
+from rayltx.comfy_dist.worker_process.shared_patcher import SharedWeightPatcher
 from rayltx.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -22,18 +28,13 @@ def build_on(tensors: dict[str, Tensor], spec: ComfySpec) -> SharedWeightPatcher
     tensors: by official name without prefix, in the dtypes that `detection` chose. The dictionary is emptied.
     What ComfyUI's own loader does, but for the copy.
     """
-    import comfy.hooks
-    import comfy.model_detection
-    import comfy.model_management
-    import comfy.utils
-
     state_dict, metadata = tensors, dict(spec.metadata)
     if spec.gguf is None:
         state_dict, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
     config = comfy.model_detection.model_config_from_unet(_with_shapes(state_dict, spec), "", metadata=metadata)
     assert config is not None, "detected by the ComfyUI process, not by this worker's"
     # Not on the meta device: quantised layers would sample garbage. Parameters that are never touched cost no memory.
-    base_model: Any = build_base_model(config, spec, _with_shapes(state_dict, spec), device=None)
+    base_model: BaseModel = build_base_model(config, spec, _with_shapes(state_dict, spec), device=None)
     if spec.gguf is not None:
         setattr(base_model, PATCH_DTYPE, spec.gguf.patch_dtype)
     state_dict = config.process_unet_state_dict(state_dict)
@@ -57,7 +58,7 @@ def build_on(tensors: dict[str, Tensor], spec: ComfySpec) -> SharedWeightPatcher
     return patcher
 
 
-def _refuse_text(version: str, *args: Any, **kwargs: Any) -> Any:
+def _refuse_text(version: str, *args: object, **kwargs: object) -> NoReturn:
     raise InputError(
         f"this {version} file has no text connector, and the text was encoded without it; load the text encoder together with "
         "the connector's file (DualCLIPLoader), or use a checkpoint that holds the connector"

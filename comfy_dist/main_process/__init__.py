@@ -1,0 +1,1 @@
+"""What runs in ComfyUI's process: the MODEL without weights, and everything that nodes call."""

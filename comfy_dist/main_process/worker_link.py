@@ -1,0 +1,270 @@
+"""The way from a model of this process to the workers' copies of it: its patches, and its calls."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import uuid
+import weakref
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from rayltx.comfy_dist.comfy_host import ComfyHost
+from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, HookGroup, KeyPatches, Model, Options
+from rayltx.comfy_dist.main_process.detection import Detected
+from rayltx.comfy_dist.main_process.forwarding import (
+    CHANGING,
+    MODEL_PREFIX,
+    check_sendable,
+    is_same_state,
+    patch_state_of,
+    register_unimportable_modules,
+    remote_options,
+)
+from rayltx.comfy_dist.main_process.lora_shapes import misfits
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.self_test_record import prove_seam
+from rayltx.comfy_dist.model_spec import text_width
+from rayltx.comfy_dist.wire import ConstantOptions, HookPatches, LoadInputs, PatchState, StepInputs, TextInputs
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.messages import Message, pack
+from rayltx.distributed_worker.remote_model import RemoteModel
+from rayltx.distributed_worker.worker_calls import ask, ask_together
+from rayltx.errors import InputError, UnsupportedError
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+logger = logging.getLogger(__name__)
+
+# Keys of what workers that take others' places are sent again.
+_PATCHES, _OPTIONS, _HOOKS = "patches", "options", "hooks "
+
+
+class WorkerLink:
+    """The way from one model of this process to the workers' copies of it."""
+
+    def __init__(self, cluster: Cluster, remote: RemoteModel, placement: Placement, detected: Detected) -> None:
+        self.placement = placement  # of the MODEL that was last loaded
+        self.state_dict = detected.state_dict  # the weights' names and shapes
+        self.loaded = False  # whether the workers have the weights on their devices
+        self.latent_shape: list[int] = [1, 1, 1, 1, 1]  # of what is about to be sampled
+        self.cluster, self.remote, self.spec = cluster, remote, detected.spec
+        self._base_model = weakref.ref(detected.base_model)
+        self._proved: tuple[Cluster, ParallelConfig] | None = None
+        self._sent_patches: PatchState | None = None
+        self._sent_options: tuple[str, Message] | None = None  # their key, and themselves
+        # By the hooks, their strengths, and the patches below them.
+        self._sent_hooks: dict[tuple[tuple[tuple[object, float], ...], object], str] = {}
+        self._runs = itertools.count()
+        self._run = next(self._runs)
+
+    @property
+    def base_model(self) -> BaseModel:
+        found = self._base_model()
+        assert found is not None, "the model is used after it was collected"
+        return found
+
+    # ---- patches
+
+    def sync(self, patcher: Model) -> None:
+        """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name."""
+        self.move(patcher.placement)
+        state = patch_state_of(patcher)
+        register_unimportable_modules()
+        if self._sent_patches is None or not is_same_state(state, self._sent_patches):
+            self._sent_patches = None
+            self._check_patches(state)
+            # As views: one copy of a LoRA for all workers.
+            self.remote.set_up(_PATCHES, ask(ComfyHost.set_patches, state), "forwarding patches", as_views=True)
+            self._forget_hooks()
+            self._sent_patches = state
+        self.loaded = True
+
+    def _check_patches(self, state: PatchState) -> None:
+        wrong = misfits(state.patches, self.state_dict, MODEL_PREFIX)
+        if wrong:
+            raise InputError(
+                f"a LoRA is for another model than this {self.spec.model_version} one: {'; '.join(wrong[:3])}"
+                f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; remove it, or use one for this model"
+            )
+        refer = self.remote.source.refer
+        check_sendable(state.object_patches, "the object patch", refer)
+        check_sendable(state.injections, "the injection", refer)
+        check_sendable(state.weight_wrapper_patches, "the weight wrapper of", refer)
+
+    def move(self, placement: Placement) -> None:
+        """Have the weights where a MODEL wants them, and the seam proved on the ranks that it wants.
+
+        Workers that were ended or exchanged in the meantime get the model again: ComfyUI keeps MODELs for longer.
+        """
+        cluster = Cluster.start(placement.request)
+        if cluster is not self.cluster:
+            logger.warning("the Ray workers of this MODEL are others now: loading it again")
+            self.remote.release_unless_busy()
+            self.cluster, self.remote = cluster, cluster.load_source(self.remote.source)
+            self._sent_patches = self._sent_options = None
+            self._sent_hooks.clear()
+        self.placement = placement
+        if self._proved != (cluster, placement.config):
+            prove_seam(self.remote, placement, self.spec, self.base_model)
+            self._proved = (cluster, placement.config)
+
+    # ---- hooks
+
+    def _hooks_key(self, patcher: Model) -> str | None:
+        """The workers' name for the hooks of this step, whose patches they are sent when they are first used."""
+        hooks: HookGroup = patcher.current_hooks
+        if hooks is None:
+            return None
+        # The references are part of the key, so that they live, and their ids stay their own.
+        identity = tuple((hook.hook_ref, float(hook.strength)) for hook in hooks.hooks), patcher.patches_uuid
+        if identity not in self._sent_hooks:
+            key = uuid.uuid4().hex
+            self._forget_other_strengths(identity[0])
+            combined: KeyPatches = patcher.get_combined_hook_patches(hooks)
+            check_sendable(combined, "the hook's patch of", self.remote.source.refer)
+            call = ask(ComfyHost.keep_hooks, HookPatches(key, combined))
+            self.remote.set_up(_HOOKS + key, call, "forwarding hooks", as_views=True)
+            self._sent_hooks[identity] = key
+        return self._sent_hooks[identity]
+
+    def _forget_other_strengths(self, hooks: tuple[tuple[object, float], ...]) -> None:
+        """Of the same hooks: a strength that changes with every step would be kept for every step."""
+        references = [reference for reference, _ in hooks]
+        for known in [known for known in self._sent_hooks if [reference for reference, _ in known[0]] == references]:
+            key = self._sent_hooks.pop(known)
+            self.remote.forget_setups(_HOOKS + key)
+            self.remote.tell(ask(ComfyHost.forget_hooks, key))
+
+    def _forget_hooks(self) -> None:
+        self._sent_hooks.clear()
+        self.remote.forget_setups(_HOOKS)
+
+    def drop_hooks(self) -> None:
+        """Let the workers undo all hooks. Not waited for: this is how a cancelled run ends, too."""
+        if self._sent_hooks:
+            self._forget_hooks()
+            self.remote.tell(ask(ComfyHost.drop_hooks))
+
+    # ---- calls
+
+    def begin_run(self) -> None:
+        """A sampling run begins: weights are put on the devices anew, if anything took their place."""
+        self._run = next(self._runs)
+
+    def forward(self, model: DiffusionModel, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """The model's `_forward`, by the workers. Returns what it returns, on the device of the input."""
+        bound = inspect.signature(type(model)._forward).bind(model, *args, **kwargs)
+        arguments = dict(bound.arguments)
+        arguments.pop("self")
+        arguments.update(arguments.pop("kwargs", {}))
+        options: Options = dict(arguments.pop("transformer_options", None) or {})
+        x = arguments["x"]
+        self._check_inputs(model, x, arguments.get("context"))
+        self.latent_shape = _latent_shape(x)
+        patcher = self.base_model.current_patcher
+        inputs = StepInputs(
+            arguments=arguments,
+            changing_options={name: value for name, value in options.items() if name in CHANGING},
+            options_key=self._options_key(remote_options(options)),
+            hooks_key=None if patcher is None else self._hooks_key(patcher),
+            load=self._load_inputs(),
+        )
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        out = self.remote.call_together(ask_together(ComfyHost.forward, inputs), self.placement.config, poll=poll)
+        assert out is not None, "rank 0 answers"
+        device = (x[0] if isinstance(x, (list, tuple)) else x).device
+        return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
+
+    def preprocess_text_embeds(self, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> Tensor:
+        """The text connector, which is part of the weights. One worker is enough for it."""
+        context = args[0]
+        model = self.base_model.diffusion_model
+        both = model.cross_attention_dim + model.audio_cross_attention_dim
+        if context.shape[-1] not in (model.caption_channels, 2 * model.caption_channels, both):
+            raise InputError(
+                f"the conditioning is {context.shape[-1]} wide, which this {self.spec.model_version} model's text "
+                "connector does not take; encode the text with the text encoder of this LTX version"
+            )
+        call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, self._load_inputs()))
+        return self.remote.call(call, "the text connector", ranks=[0])[0].to(context.device)
+
+    def _load_inputs(self) -> LoadInputs:
+        return LoadInputs(
+            run=self._run,
+            latent_shape=self.latent_shape,
+            weight_budget=self.placement.weight_budget,
+            world_size=self.placement.config.world_size,
+        )
+
+    def _options_key(self, options: Options) -> str:
+        """The workers' name for the transformer options that stay the same, which they are sent when they change."""
+        refer = self.remote.source.refer
+        try:
+            message = pack(options, refer=refer)
+        except Exception as error:  # pickling raises anything
+            check_sendable(options, "the transformer option", refer)
+            raise UnsupportedError(f"the transformer options cannot be sent to the workers: {error}") from error
+        if self._sent_options is None or not message.is_same(self._sent_options[1]):
+            key = uuid.uuid4().hex
+            self.remote.set_up(
+                _OPTIONS, ask(ComfyHost.keep_options, ConstantOptions(key, options)), "forwarding patches"
+            )
+            self._sent_options = (key, message)
+        return self._sent_options[0]
+
+    def _check_inputs(self, model: DiffusionModel, x: Tensor | list[Tensor], context: Tensor | None) -> None:
+        """Raises InputError for latents and text of another model, before the workers stumble over them."""
+        video = x[0] if isinstance(x, (list, tuple)) else x
+        version = self.spec.model_version
+        if video.ndim == 3:  # ComfyUI packs several streams into one before a model that has one asks for them apart
+            raise InputError(
+                f"the latent holds video and audio, and this {version} model has no audio: give it the video latent alone "
+                "(LTXVSeparateAVLatent), or load an LTX-2 checkpoint"
+            )
+        if video.ndim != 5 or video.shape[1] != model.in_channels:
+            raise InputError(
+                f"the latent has the shape {tuple(video.shape)}: a {version} model takes (batch, {model.in_channels}, frames, "
+                "height, width); use an empty LTX latent, or the VAE of this model"
+            )
+        width = text_width(model)
+        if context is not None and context.shape[-1] != width:
+            raise InputError(
+                f"the conditioning is {context.shape[-1]} wide, and this {version} model takes {width}; encode the text with "
+                "the text encoder of this LTX version"
+            )
+
+    # ---- memory
+
+    def end_run(self, free: bool) -> None:
+        """A sampling run is over, or cancelled: nothing is waited for. free: give the devices' memory back."""
+        self.remote.tell(ask(ComfyHost.unload) if free else ask(ComfyHost.end_run))
+        self.loaded = self.loaded and not free
+
+    def unload(self) -> None:
+        """Free the devices; the host's copy stays."""
+        if self.loaded:
+            self.loaded = False
+            if self.cluster.is_alive():
+                self.remote.call(ask(ComfyHost.unload), "unloading")
+
+    def release(self) -> None:
+        """Let the workers forget the model. Nothing is waited for."""
+        self.remote.release_unless_busy()
+
+    def device_bytes(self, device: torch.device) -> int:
+        """What the workers' weights take on a device of this process, when loaded."""
+        if device.type != "cuda":
+            return 0
+        index = device.index or 0
+        return self.remote.source.weight_bytes if self.cluster.uses_gpu(index) else 0
+
+
+def _latent_shape(x: Tensor | list[Tensor]) -> list[int]:
+    """As ComfyUI estimates memory by: an audio-video latent counts as one packed stream."""
+    if isinstance(x, (list, tuple)):
+        batch = x[0].shape[0]
+        return [batch, 1, sum(stream.numel() for stream in x) // batch]
+    return list(x.shape)

@@ -1,0 +1,71 @@
+"""What crosses between ComfyUI's process and a worker.
+
+Each field says who reads it. Tensors may be anywhere in them; they arrive on the CPU. Nothing here knows ComfyUI.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rayltx.comfy_dist.comfy_types import KeyPatches, Options
+
+
+@dataclass(frozen=True)
+class LoadInputs:
+    """By what a worker puts weights on its device before it computes, if they are not there. Read by `ComfyModel` alone."""
+
+    run: int  # the number of the sampling run: in another, something else may have taken the weights' place
+    latent_shape: list[int]  # of what is sampled, by which ComfyUI estimates memory
+    weight_budget: int  # bytes of weights on the device at most, the rest is streamed; 0: as many as fit
+    world_size: int  # ranks that share the estimate
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One call of the model."""
+
+    arguments: dict[str, object]  # read by the model: of its `_forward`, by name, without `transformer_options`
+    changing_options: Options  # read by the model and its patches: the transformer options that change with every step
+    options_key: str  # read by `ComfyModel`: which of the options that it keeps go with them
+    hooks_key: str | None  # read by `ComfyModel`: which of the hooks that it keeps are on; None: none
+    load: LoadInputs
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """One call of the text connector, `preprocess_text_embeds` of the model, which reads both."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    load: LoadInputs
+
+
+@dataclass(frozen=True)
+class ConstantOptions:
+    """Transformer options that stay the same over many steps: patches and the like, whose state lives on between them."""
+
+    key: str  # read by `ComfyModel`
+    options: Options  # read by the model and its patches
+
+
+@dataclass(frozen=True)
+class HookPatches:
+    """The weight patches of some hooks, combined with their strengths of the moment."""
+
+    key: str  # read by `ComfyModel`
+    patches: KeyPatches  # read by the worker's patcher
+
+
+@dataclass(frozen=True)
+class PatchState:
+    """The patches of one MODEL: what makes its weights and modules others than the file's.
+
+    Read by the worker's patcher, which takes them for its own; each has the name that ComfyUI's patcher gives it.
+    """
+
+    patches_uuid: object = None  # another for other patches of weights
+    patches: KeyPatches = field(default_factory=dict)  # of weights: LoRA and its kin
+    object_patches: dict[str, object] = field(default_factory=dict)
+    weight_wrapper_patches: dict[str, list[object]] = field(default_factory=dict)
+    injections: dict[str, list[object]] = field(default_factory=dict)
+    force_cast_weights: bool = False

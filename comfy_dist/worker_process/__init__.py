@@ -1,0 +1,1 @@
+"""What runs in a worker: ComfyUI's own model, on weights that all workers share."""

@@ -1,0 +1,156 @@
+"""The host that the workers run for ComfyUI: its own model, sharded, on shared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management as management
+import torch
+from torch import Tensor
+
+from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
+from rayltx.comfy_dist.comfy_types import DiffusionModel, Model, Options
+from rayltx.comfy_dist.model_spec import ComfySpec
+from rayltx.comfy_dist.self_test import errors_by_case, tiny_model
+from rayltx.comfy_dist.wire import ConstantOptions, HookPatches, LoadInputs, PatchState, StepInputs, TextInputs
+from rayltx.comfy_dist.worker_process.model_on_shared_weights import build_on
+from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
+from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
+from rayltx.distributed_worker.freed_memory import give_back_freed_memory
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+
+
+class ComfyModel(ComfyHost):
+    """ComfyUI's LTX model on one rank. What it can be asked is described in `ComfyHost`."""
+
+    def __init__(self, spec: ComfySpec, device: str) -> None:
+        self._spec = spec
+        self._given: dict[str, Tensor] = {}
+        self._base: Model = None  # the patcher without patches; clones of it carry them
+        self._patcher: Model = None
+        self._loaded_for: tuple[int, int] | None = None  # the run and the budget
+        self._hooks: dict[str, RemoteHooks] = {}
+        self._options: dict[str, Options] = {}
+
+    # ---- loading
+
+    def assign(self, tensors: Mapping[str, Tensor]) -> None:
+        self._given.update(tensors)
+
+    def finish_loading(self) -> None:
+        with torch.inference_mode():
+            self._base = self._patcher = build_on(dict(self._given), self._spec)
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The shared bytes themselves, whatever has been patched since."""
+        return self._given
+
+    @property
+    def diffusion_model(self) -> DiffusionModel:
+        return self._base.model.diffusion_model
+
+    def module(self, name: str) -> torch.nn.Module:
+        """What a name of the ComfyUI process's model means here."""
+        return self.diffusion_model.get_submodule(name)
+
+    # ---- calls
+
+    def forward(self, group: SequenceParallelGroup, inputs: StepInputs) -> ModelOutput | None:
+        with torch.inference_mode():
+            device = self._patcher.load_device
+            self._put_on_device(inputs.load)
+            hooks = None if inputs.hooks_key is None else self._hooks[inputs.hooks_key]
+            if hooks != self._patcher.current_hooks:
+                self._patcher.patch_hooks(hooks)
+            options = {**self._options[inputs.options_key], **inputs.changing_options}
+            arguments = _to_device(inputs.arguments, device)
+            arguments["transformer_options"] = _to_device(options, device)
+            with sharded(self.diffusion_model, group, options.get(CHUNKS_OPTION, 1)):
+                out = self.diffusion_model._forward(**arguments)
+            return _to_device(out, torch.device("cpu")) if group.rank == 0 else None
+
+    def keep_options(self, options: ConstantOptions) -> None:
+        self._options = {options.key: options.options}  # one MODEL samples at a time
+
+    def keep_hooks(self, hooks: HookPatches) -> None:
+        self._hooks[hooks.key] = RemoteHooks(hooks)
+
+    def forget_hooks(self, key: str) -> None:
+        self._hooks.pop(key, None)
+
+    def drop_hooks(self) -> None:
+        with torch.inference_mode():
+            self._patcher.clean_hooks()
+            self._hooks.clear()
+            give_back_freed_memory()
+
+    def set_patches(self, state: PatchState) -> None:
+        with torch.inference_mode():
+            self._patcher.clean_hooks()
+            self._hooks.clear()
+            patcher = self._base.clone()
+            for name, value in vars(state).items():
+                setattr(patcher, name, value)
+            self._patcher = patcher
+            self._loaded_for = None
+
+    def preprocess_text(self, inputs: TextInputs) -> Tensor:
+        with torch.inference_mode():
+            self._put_on_device(inputs.load)
+            args, kwargs = _to_device((inputs.args, inputs.kwargs), self._patcher.load_device)
+            return self.diffusion_model.preprocess_text_embeds(*args, **kwargs).cpu()
+
+    def self_test(self, group: SequenceParallelGroup) -> dict[str, float | str]:
+        device = self._base.load_device
+        with torch.inference_mode():
+            model = tiny_model(type(self.diffusion_model), self._base.model.model_config.unet_config, device)
+        return errors_by_case(model, group, device)
+
+    # ---- memory
+
+    def _put_on_device(self, load: LoadInputs) -> None:
+        """Put the weights on the device, as ComfyUI does before it samples; once a run, and when patches changed."""
+        if (load.run, load.weight_budget) == self._loaded_for:
+            return
+        if load.weight_budget != self._patcher.weight_budget and self._patcher.loaded_size() > 0:
+            self.unload()  # ComfyUI would leave a model that is loaded as it is
+        self._patcher.weight_budget = load.weight_budget
+        # The estimate is for the whole sequence; a rank holds its share.
+        memory = self._patcher.model.memory_required(load.latent_shape) / load.world_size
+        management.load_models_gpu([self._patcher], memory_required=memory, minimum_memory_required=memory)
+        if self._loaded_for is None:
+            give_back_freed_memory()  # of earlier patches
+        self._loaded_for = load.run, load.weight_budget
+
+    def end_run(self) -> None:
+        if self._patcher.load_device.type == "cpu":
+            give_back_freed_memory()  # the allocator holds on to what the largest layers took
+
+    def unload(self) -> None:
+        with torch.inference_mode():
+            for loaded in list(management.current_loaded_models):
+                if self._base is not None and loaded.model is not None and loaded.model.is_clone(self._base):
+                    loaded.model_unload()
+                    management.current_loaded_models.remove(loaded)
+            management.soft_empty_cache()
+            self._loaded_for = None
+
+    def placed_bytes(self) -> int:
+        return int(self._patcher.loaded_size())
+
+    def close(self) -> None:
+        """Before the model is forgotten: ComfyUI keeps loaded models in a list of its own."""
+        self.unload()
+
+
+def _to_device(obj: Any, device: torch.device) -> Any:
+    """The same containers with their tensors on a device."""
+    if isinstance(obj, Tensor):
+        return obj.to(device)
+    if isinstance(obj, dict):
+        return {key: _to_device(value, device) for key, value in obj.items()}
+    if type(obj) in (list, tuple):
+        return type(obj)(_to_device(value, device) for value in obj)
+    return obj

@@ -1,0 +1,167 @@
+"""What ranks answer, and what their answers mean together.
+
+Either every rank failed alike: the call may be repeated. Or ranks disagree, one died, or one is silent: the group must be
+formed anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from rayltx.distributed_worker.messages import pack
+from rayltx.errors import ClusterError, RanksDisagree, RanksFailedAlike, UserError, WorkerDied, WorkerStuck
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+# After one rank has failed, how long the others have to say the same, or that they noticed.
+GRACE_S = 5.0
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception as it crosses to the driver: itself where it can be pickled, its text in any case."""
+
+    error: Exception | None
+    kind: str
+    text: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        try:
+            pack(error)
+            carried: Exception | None = error
+        except Exception:  # whatever pickling raises: the text is carried instead
+            carried = None
+        return cls(carried, type(error).__name__, str(error), traceback.format_exc())
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[_Result]):
+    """What a call on a worker gave: a result, or a failure."""
+
+    result: _Result | None = None
+    failure: Failure | None = None
+    logs: list[tuple[int, str]] = field(default_factory=list)  # (level, message)
+
+    def unwrap(self) -> _Result:
+        """The result. Raises what the worker raised."""
+        if self.failure is not None:
+            raise self.failure.error or RuntimeError(f"{self.failure.kind}: {self.failure.text}")
+        return self.result  # type: ignore[return-value]  # a result may be None itself
+
+
+def wait_for_outcomes(
+    references: Mapping[int, ray.ObjectRef], timeout_s: float, poll: Callable[[], None] | None = None
+) -> dict[int, Outcome | RayError]:
+    """Collect what ranks answer, by rank. A dead rank's answer is Ray's error; a silent rank has none.
+
+    references: of each rank's answer. poll: called about ten times a second; what it raises ends the waiting, not the
+    ranks' work.
+    """
+    waiting = {reference: rank for rank, reference in references.items()}
+    answers: dict[int, Outcome | RayError] = {}
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left, POLL_S if poll else left))
+        for reference in ready:
+            rank = waiting.pop(reference)
+            answer = _answer(reference, rank)
+            if _has_failed(answer) and not any(map(_has_failed, answers.values())):
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+            answers[rank] = answer
+        if poll is not None:
+            poll()
+    return answers
+
+
+def _answer(reference: ray.ObjectRef, rank: int) -> Outcome | RayError:
+    try:
+        outcome: Outcome = ray.get(reference)
+    except RayError as error:
+        return error
+    for level, message in outcome.logs:
+        logging.getLogger("rayltx.workers").log(level, "rank %d: %s", rank, message)
+    return outcome
+
+
+def _has_failed(answer: Outcome | RayError) -> bool:
+    return isinstance(answer, RayError) or answer.failure is not None
+
+
+def results(
+    answers: Mapping[int, Outcome[_Result] | RayError],
+    asked: Sequence[int],
+    num_ranks: int,
+    what: str,
+    timeout_s: float,
+) -> dict[int, _Result]:
+    """What the ranks returned, by rank.
+
+    asked: the ranks that were called, of `num_ranks`. what: the work, for messages ("a step", "loading").
+    Raises the users' error that all asked ranks raised; RanksFailedAlike; RanksDisagree; WorkerDied; WorkerStuck.
+    """
+    dead = {rank: answer for rank, answer in answers.items() if isinstance(answer, RayError)}
+    outcomes = {rank: answer for rank, answer in answers.items() if isinstance(answer, Outcome)}
+    failures = {rank: outcome.failure for rank, outcome in outcomes.items() if outcome.failure}
+    silent = sorted(set(asked) - set(answers))
+    if not dead and not failures and not silent:
+        return {rank: outcomes[rank].unwrap() for rank in asked}
+    if dead:
+        reason = next(iter(dead.values()))
+        raise WorkerDied(f"{what}: rank {_listed(dead)} of {num_ranks} died ({_first_line(reason)})") from reason
+    if not failures:
+        raise WorkerStuck(f"{what}: no answer within {timeout_s:.0f} s from rank {_listed(silent)} of {num_ranks}")
+    first = failures[min(failures)]
+    if len(failures) == len(asked) and all((f.kind, f.text) == (first.kind, first.text) for f in failures.values()):
+        raise _alike(first, what, asked, num_ranks)
+    told = [f"rank {rank}: {failure.kind}: {_first_line(failure.text)}" for rank, failure in sorted(failures.items())]
+    fine = set(asked) - set(failures) - set(silent)
+    if silent:
+        told.append(f"no answer from rank {_listed(silent)}")
+    if fine:
+        told.append(f"rank {_listed(fine)} went on")
+    raise RanksDisagree(f"{what}: {'; '.join(told)}\n{first.trace}")
+
+
+def _alike(failure: Failure, what: str, asked: Sequence[int], num_ranks: int) -> Exception:
+    if isinstance(failure.error, (UserError, ClusterError)):
+        return failure.error
+    ranks = f"all {len(asked)} ranks" if len(asked) > 1 else f"rank {asked[0]}" if num_ranks > 1 else "the worker"
+    error = RanksFailedAlike(f"{what}: {ranks} failed with {failure.kind}: {failure.text}\n{failure.trace}")
+    error.__cause__ = failure.error
+    return error
+
+
+def _listed(ranks: Mapping[int, object] | set[int] | Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def _first_line(text: object) -> str:
+    return (str(text).splitlines() or [""])[0][:300]
+
+
+def is_gone(reference: ray.ObjectRef, timeout_s: float) -> bool:
+    """Whether a call shows its worker to be dead, or leaves it unanswered."""
+    ready, _ = ray.wait([reference], timeout=timeout_s)
+    if not ready:
+        return True
+    try:
+        ray.get(ready[0])
+    except RayActorError:
+        return True
+    return False

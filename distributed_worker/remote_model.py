@@ -1,0 +1,154 @@
+"""A model that the workers hold: loaded, asked, and let go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from rayltx.distributed_worker.host import Host
+from rayltx.distributed_worker.messages import SentTensors, SharedTensors, Store, pack, unpack
+from rayltx.distributed_worker.rank_group import RankGroup
+from rayltx.distributed_worker.request import ModelSource
+from rayltx.distributed_worker.weight_sharing import Progress, SharedWeights
+from rayltx.distributed_worker.worker import Worker
+from rayltx.distributed_worker.worker_calls import Call, CallKind, ask, ask_together
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+_HostClass = TypeVar("_HostClass", bound=Host)
+_Result = TypeVar("_Result")
+
+
+class RemoteModel:
+    """A model that the workers hold. `Cluster.load` makes it.
+
+    sent: what may be asked for again of the tensors that were sent, by all models.
+    on_forgotten: called with the model's id when the workers need not have it any more.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        model_id: str,
+        group: RankGroup,
+        weights: SharedWeights,
+        sent: SentTensors,
+        on_forgotten: Callable[[str], None],
+    ) -> None:
+        self.source, self.model_id, self.weights = source, model_id, weights
+        self._group, self._sent, self._on_forgotten = group, sent, on_forgotten
+        self._setups: dict[str, Call[Worker, object]] = {}  # by key, in the order in which they were made
+        self._forgotten = False
+
+    # ---- loading
+
+    def load_on(self, ranks: Sequence[int], progress: Progress | None = None) -> None:
+        """Build the model on some workers, give them its weights, and repeat its setups there."""
+        if not ranks:
+            return
+        source, what = self.source, f"loading {os.path.basename(self.source.checkpoint.path)}"
+        self._group.run_on(ranks, ask(Worker.build, self.model_id, source.host, source.spec), what)
+        self.weights.give_to(ranks, what, progress)
+        self._group.run_on(ranks, ask(Worker.finish_loading, self.model_id), what)
+        for setup in self._setups.values():
+            self._group.run_on(ranks, setup, what)
+        if progress is not None:
+            progress(source.weight_bytes, source.weight_bytes)
+
+    def release(self) -> None:
+        """Let the workers forget the model. Its memory is free when this returns."""
+        if not self._forgotten and not self._group.is_broken:
+            self._group.run_on(self._group.all_ranks, ask(Worker.release, self.model_id), "releasing a model")
+        self.forget()
+
+    def release_unless_busy(self) -> None:
+        """Release from another thread. Nothing is waited for, and a cluster that is gone has nothing to release."""
+        if not self._forgotten:
+            self._group.tell_all(ask(Worker.release, self.model_id))
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold nothing for the workers any more. They are not told."""
+        self._forgotten = True
+        self.weights.let_go()
+        self._on_forgotten(self.model_id)
+
+    # ---- calls
+
+    def forward(
+        self, inputs: object, config: ParallelConfig, poll: Callable[[], None] | None = None, repeats: int = 2
+    ) -> Any:
+        """One step: `Host.forward` by the ranks of a group. inputs: what the host takes. Otherwise as `call_together`."""
+        return self.call_together(ask_together(Host.forward, inputs), config, poll=poll, repeats=repeats)
+
+    def call_together(
+        self,
+        call: Call[_HostClass, _Result],
+        config: ParallelConfig,
+        what: str = "the step",
+        timeout_s: float | None = None,
+        poll: Callable[[], None] | None = None,
+        repeats: int = 2,
+    ) -> _Result:
+        """Have the ranks of a group run a host's call together. Returns rank 0's result.
+
+        Tensors in the arguments may be anywhere, and travel once for as long as they stay the same.
+        timeout_s: None stands for the request's limit of a step. poll: see `wait_for_outcomes`; raising in it cancels.
+        A call that failed because a rank died, hung or failed alone is repeated, by a group that was mended, up to
+        `repeats` times. Raises as `outcomes.results`.
+        """
+        group = self._group
+        limit_s = group.request.step_timeout_s if timeout_s is None else timeout_s
+
+        def work() -> _Result:
+            group.form(config)
+            worker_call = self._on_worker(call, self._sent)
+            answers = group.run(dict.fromkeys(range(config.world_size), worker_call), what, limit_s, poll)
+            return unpack(answers[0])
+
+        return group.repeated(work, what, repeats)
+
+    def call(
+        self, call: Call[_HostClass, _Result], what: str, ranks: Sequence[int] | None = None
+    ) -> dict[int, _Result]:
+        """Have some workers, or all, run a host's call by themselves. Returns what each gave, by rank."""
+        return self._run(self._on_worker(call), what, self._group.all_ranks if ranks is None else ranks)
+
+    def tell(self, call: Call[_HostClass, object]) -> None:
+        """Have all workers run a host's call after what they are doing. Nothing is waited for, nor reported."""
+        self._group.tell_all(self._on_worker(call))
+
+    def set_up(self, key: str, call: Call[_HostClass, None], what: str, as_views: bool = False) -> None:
+        """Have every worker run a host's call, and again each one that takes another's place later.
+
+        key: a later setup with the same key takes this one's place. as_views: see `Message`; large tensors are in the
+        object store once for all workers either way.
+        """
+        worker_call = self._on_worker(call, SharedTensors(), as_views)
+        self._run(worker_call, what, self._group.all_ranks)
+        self._setups.pop(key, None)
+        self._setups[key] = worker_call
+
+    def forget_setups(self, prefix: str) -> None:
+        """Repeat no setup any more whose key begins so."""
+        for key in [key for key in self._setups if key.startswith(prefix)]:
+            del self._setups[key]
+
+    def digest(self) -> dict[int, str]:
+        """SHA-256 of the parameters that each worker sees, by rank."""
+        return self._group.run_on(self._group.all_ranks, ask(Worker.digest, self.model_id), "hashing")
+
+    def _run(self, call: Call[Worker, _Result], what: str, ranks: Sequence[int]) -> dict[int, _Result]:
+        def work() -> dict[int, _Result]:
+            self._group.ensure_whole()
+            return self._group.run_on(ranks, call, what)
+
+        return self._group.repeated(work, what)
+
+    def _on_worker(
+        self, call: Call[_HostClass, Any], store: Store | None = None, as_views: bool = False
+    ) -> Call[Worker, Any]:
+        """A host's call as the worker is asked it."""
+        arguments = pack((call.args, call.kwargs), store, self.source.refer, as_views)
+        method = Worker.call_host_together if call.kind is CallKind.COLLECTIVE else Worker.call_host
+        return ask(method, self.model_id, call.method, arguments)

@@ -1,0 +1,89 @@
+"""What is asked of a cluster, and what a model is loaded from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.distributed_worker.gpu_pinning import assign_gpus, visible_gpus
+from rayltx.distributed_worker.messages import Refer
+from rayltx.errors import DeviceError, ParallelConfigError
+
+LOCAL = "local"  # the address of the Ray that is started here
+DIFFUSERS_HOST = "rayltx.diffusion_models.lightricks.diffusers_host:DiffusersHost"
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """What each worker calls before it imports a host: `function(payload, device)`."""
+
+    function: str  # "package.module:name"
+    payload: object
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """What is asked of a cluster. Two equal requests are served by the same workers."""
+
+    workers: int
+    device: str = "cpu"  # or "cuda"
+    address: str = LOCAL  # start Ray here, or join the cluster at this address
+    namespace: str = "default"
+    gpu_indices: tuple[int, ...] = ()
+    object_store_bytes: int = 0  # 0: automatic
+    map_files: bool = False  # let the workers map the checkpoint itself, without the object store
+    dashboard: str = ""  # host:port of Ray's dashboard; "": none
+    group_address: str = ""  # host:port where the ranks meet; "": a free port
+    step_timeout_s: float = 1800.0
+    host: str = DIFFUSERS_HOST  # "package.module:Class", imported ahead of its use
+    bootstrap: Bootstrap | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ParallelConfigError(f"workers={self.workers} must be at least 1")
+        if self.device not in ("cpu", "cuda"):
+            raise DeviceError(f'device="{self.device}" must be cpu or cuda')
+
+    def gpus(self) -> tuple[str, ...]:
+        """CUDA_VISIBLE_DEVICES of each worker started here; () on the CPU and in another machine's cluster.
+
+        Raises DeviceError if there are not enough GPUs.
+        """
+        if self.device == "cpu" or self.address != LOCAL:
+            if self.gpu_indices:
+                raise DeviceError(
+                    "gpu_indices choose among this machine's GPUs: they need the device cuda and a local cluster"
+                )
+            return ()
+        return assign_gpus(self.workers, self.gpu_indices, gpus_of_this_process())
+
+
+def gpus_of_this_process() -> tuple[str, ...]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES spells them."""
+    return visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a model on the workers is made from."""
+
+    checkpoint: Checkpoint
+    spec: object  # what the host class takes, next to the device
+    host: str  # "package.module:Class"
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of tensors that are converted when they are read
+    keeps_host_copy: bool = (
+        False  # the host keeps the shared weights when it has them on a GPU; on the CPU it always does
+    )
+    refer: Refer | None = None  # what the workers know by name, for objects inside of what they are sent
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as the workers hold them."""
+        return sum(
+            info.num_elements * self.dtypes.get(name, info.dtype).itemsize
+            for name, info in self.checkpoint.tensors.items()
+        )
