@@ -1,5 +1,7 @@
 """Imports point one way, and the package works wherever it lies."""
 
+import ast
+import graphlib
 import json
 import os
 import shutil
@@ -10,6 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+PACKAGES = (
+    "cli",
+    "comfy_dist",
+    "demo",
+    "diffusion_models",
+    "distributed_worker",
+    "expansion",
+    "nodes",
+    "sequence_parallel",
+)
 
 SCRIPT = """
 import importlib, json, pkgutil, sys
@@ -77,6 +90,50 @@ def test_the_pure_layers_import_neither_ray_nor_comfyui():
     for package in ("rayltx.diffusion_models", "rayltx.expansion"):
         modules = modules_after_importing(package)
         assert not {"ray", "comfy", "folder_paths"} & modules, package
+
+
+def imports_of(file):
+    """The modules of ours that a file imports, anywhere in it: inside of functions too, but not for types alone."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rayltx"):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("rayltx"))
+
+
+def reached_from(*names):
+    """Every module of ours that is imported by these, directly or not."""
+    reached, left = set(), list(names)
+    while left:
+        name = left.pop()
+        file = ROOT / Path(*name.split(".")[1:])
+        file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        if name not in reached and file.is_file():
+            reached.add(name)
+            left += imports_of(file)
+    return reached
+
+
+def modules_in(folder):
+    return [f"rayltx.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}" for path in (ROOT / folder).glob("*.py")]
+
+
+def test_workers_reach_nothing_of_comfyuis_process_and_the_other_way_round():
+    main, worker = "rayltx.comfy_dist.main_process", "rayltx.comfy_dist.worker_process"
+    in_worker = reached_from(*modules_in("comfy_dist/worker_process"), *modules_in("comfy_dist"))
+    assert f"{worker}.shared_patcher" in in_worker and "rayltx.sequence_parallel.ring" in in_worker
+    assert [name for name in in_worker if name.startswith((main, "rayltx.nodes", "rayltx.cli"))] == []
+    in_main = reached_from(*modules_in("comfy_dist/main_process"), *modules_in("nodes"), *modules_in("comfy_dist"))
+    assert f"{main}.twin" in in_main
+    assert [name for name in in_main if name.startswith(worker)] == []
+
+
+def test_imports_go_in_no_circle():
+    files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in PACKAGES]
+    names = {f"rayltx.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}": path for path in files}
+    graph = {name: set(imports_of(path)) & set(names) - {name} for name, path in names.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 @pytest.fixture
