@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from rayltx.comfy_dist.dtype_choices import GGUF_DTYPES
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.errors import InputError
 from rayltx.expansion.comfyui_gguf.checkpoint import BlockFormat, GGUFCheckpoint, quantised_formats
-
-DTYPE_CHOICES = ("default", "target", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class GGUFSpec:
         if not isinstance(checkpoint, GGUFCheckpoint):
             return None
         for name, choice in (("dequant_dtype", dequant_dtype), ("patch_dtype", patch_dtype)):
-            if choice not in DTYPE_CHOICES:
-                raise InputError(f"{name}={choice!r} must be one of {', '.join(DTYPE_CHOICES)}")
+            if choice not in GGUF_DTYPES:
+                raise InputError(f"{name}={choice!r} must be one of {', '.join(GGUF_DTYPES)}")
         return cls(quantised_formats(checkpoint), dequant_dtype, patch_dtype)
 
     def compute_dtype(self, target: torch.dtype) -> torch.dtype:
@@ -45,6 +43,6 @@ def chosen_dtype(choice: str, target: torch.dtype) -> torch.dtype:
     return torch.float32 if choice == "default" else getattr(torch, choice)
 
 
-def keeps_blocks(owner: Any, name: str) -> bool:
+def keeps_blocks(owner: nn.Module, name: str) -> bool:
     """Whether a module uses its weight as blocks: linear layers do, nothing else does."""
     return isinstance(owner, nn.Linear) and name.endswith(".weight")

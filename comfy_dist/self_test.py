@@ -211,12 +211,12 @@ def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: 
             whole = call(model, case, device)
             try:
                 with sharded(model, group):
-                    parts = call(model, case, device)
+                    in_shards = call(model, case, device)
             except Exception as error:  # whatever an unknown model says to being sharded is the verdict
                 errors[case.name] = f"{type(error).__name__}: {error}"
                 continue
-            assert len(whole) == len(parts)
-            errors[case.name] = max(map(relative_error, parts, whole))
+            assert len(whole) == len(in_shards)
+            errors[case.name] = max(map(relative_error, in_shards, whole))
     return errors
 
 

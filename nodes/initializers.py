@@ -154,8 +154,8 @@ class RayInitializer:
 
     @classmethod
     def _order(cls) -> str:
-        groups = cls.INPUT_TYPES()
-        return ", ".join([*groups["required"], *groups["optional"]])
+        schema = cls.INPUT_TYPES()
+        return ", ".join([*schema["required"], *schema["optional"]])
 
     @classmethod
     def VALIDATE_INPUTS(cls, XFuser_attention: Any = "TORCH_FLASH", device: Any = "cuda") -> bool | str:  # noqa: N802, N803

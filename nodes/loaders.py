@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rayltx.comfy_dist.dtype_choices import GGUF_DTYPES, WEIGHT_DTYPES
 from rayltx.nodes.inputs import CATEGORY, Definition, Schema
 from rayltx.nodes.requirements_check import require_packages
 
@@ -74,7 +75,7 @@ class RayUNETLoader:
                     {"tooltip": "An LTX model, from models/diffusion_models or models/checkpoints."},
                 ),
                 "weight_dtype": (
-                    ["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16"],
+                    list(WEIGHT_DTYPES),
                     {
                         "default": "default",
                         "tooltip": "The dtype of the weights in memory. default: as ComfyUI chooses.",
@@ -111,7 +112,6 @@ class RayGGUFLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:  # noqa: N802
-        choices = ["default", "target", "float32", "float16", "bfloat16"]
         return {
             "required": {
                 "unet_name": (
@@ -119,14 +119,14 @@ class RayGGUFLoader:
                     {"tooltip": "A GGUF file of an LTX model, from models/diffusion_models or models/unet."},
                 ),
                 "dequant_dtype": (
-                    choices,
+                    list(GGUF_DTYPES),
                     {
                         "default": "default",
                         "tooltip": "In what blocks become numbers. default: float32; target: as the model.",
                     },
                 ),
                 "patch_dtype": (
-                    choices,
+                    list(GGUF_DTYPES),
                     {
                         "default": "default",
                         "tooltip": "In what LoRAs are computed. default: float32; target: as the model.",

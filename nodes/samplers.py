@@ -103,10 +103,10 @@ class XFuserKSamplerAdvanced:
     ) -> tuple[Any, Any]:  # fmt: skip
         from rayltx.comfy_dist.main_process.ksampler import SamplingRange, sample_scheduled
 
-        part = SamplingRange(start_at_step, end_at_step, denoise, return_with_leftover_noise == "enable")
+        sampling_range = SamplingRange(start_at_step, end_at_step, denoise, return_with_leftover_noise == "enable")
         latent = sample_scheduled(
             ray_actors.model, add_noise == "enable", noise_seed, steps, cfg, sampler_name, scheduler, positive, negative,
-            latent_image, part, sigmas,
+            latent_image, sampling_range, sigmas,
         )  # fmt: skip
         return latent, ray_actors
 

@@ -13,6 +13,10 @@ import torch
 from rayltx.comfy_dist.main_process.comfy_nodes import call_node
 from rayltx.demo.pixels import latent_to_pixels, pixels_to_latent
 
+SAMPLING_TOLERANCE = (
+    5e-6  # relative error of a latent, float32, over a whole sampling: each step's sums in another order
+)
+
 FRAMES, HEIGHT, WIDTH, AUDIO_TOKENS, TEXT_TOKENS = 3, 5, 7, 11, 9
 STEPS = 3
 

@@ -49,6 +49,19 @@ def install_pack(custom_nodes: Path) -> Path:
     return target
 
 
+# A test run that is ended by a signal runs no fixture's end. Linux then tells its child, PR_SET_PDEATHSIG being 1.
+_BOUND = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGINT)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def bound_to_this_process(*arguments: str) -> list[str]:
+    """A Python's command that is interrupted when the thread that started it ends, for whatever reason."""
+    return [sys.executable, "-c", _BOUND, *arguments]
+
+
 class Server:
     def __init__(self, comfyui: Path, base: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self.base, self.output = base, base / "output"
@@ -77,9 +90,11 @@ class Server:
         environment = {**inherited, **(environment or {})}
         with self.log_path.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory",
-                 str(base), "--disable-auto-launch", "--disable-api-nodes",
-                 "--database-url", f"sqlite:///{base}/user/comfyui.db", *arguments],
+                bound_to_this_process(
+                    "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
+                    "--disable-auto-launch", "--disable-api-nodes", "--database-url", f"sqlite:///{base}/user/comfyui.db",
+                    *arguments,
+                ),
                 cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + 120
@@ -89,6 +104,7 @@ class Server:
                 return
             except OSError as error:
                 if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.stop()
                     raise RuntimeError(f"the server did not start: {self.log()[-3000:]}") from error
                 time.sleep(0.2)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rayltx.comfy_dist.comfy_environment import comfyui_version
 from rayltx.comfy_dist.comfy_types import BaseModel
+from rayltx.comfy_dist.dtype_choices import FAST_FP8, WEIGHT_DTYPES
 from rayltx.comfy_dist.gguf_spec import GGUFSpec, keeps_blocks
 from rayltx.comfy_dist.model_spec import ComfySpec, build_base_model, missing_text_modules
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
@@ -24,7 +25,6 @@ from rayltx.expansion.comfyui_gguf.checkpoint import quantised_formats
 logger = logging.getLogger(__name__)
 
 MIN_VERSION = (0, 20)
-WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16")
 _READ_BYTES = 4096  # tensors up to this size are read for detection: scales and formats of quantised layers
 
 
@@ -65,8 +65,8 @@ def detect(
             f"LTX model; {checkpoint.version} needs a newer ComfyUI, or the file lacks its `config` metadata"
         )
 
-    asked = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e4m3fn_fast": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
-             "bf16": torch.bfloat16, "fp16": torch.float16}.get(weight_dtype)  # fmt: skip
+    dtype_name = WEIGHT_DTYPES[weight_dtype]
+    asked: torch.dtype | None = None if dtype_name is None else getattr(torch, dtype_name)
     quantised = config.quant_config is not None
     supported = list(config.supported_inference_dtypes)
     unet_dtype = asked or comfy.model_management.unet_dtype(
@@ -83,7 +83,7 @@ def detect(
         metadata,
         unet_dtype,
         manual_cast_dtype,
-        fp8_optimizations=weight_dtype == "fp8_e4m3fn_fast",
+        fp8_optimizations=weight_dtype == FAST_FP8,
         gguf=gguf,
     )
     base_model = build_base_model(config, spec, tensors, device=torch.device("meta"))

@@ -36,14 +36,14 @@ def misfits(patches: KeyPatches, weights: Mapping[str, Tensor], prefix: str) -> 
 def _shape_of(patch: object) -> Shape | None:
     """Of the difference that a patch makes. ComfyUI's adapters keep their tensors in a tuple, a kind its own order."""
     kind = getattr(patch, "name", None)
-    parts: Any = getattr(patch, "weights", None)
-    if kind == "lora" and parts[3] is None and parts[5] is None:  # neither of a convolution, nor one that resizes
-        return _product(parts[0], parts[1])
-    if kind == "loha" and parts[5] is None:
-        return _product(parts[0], parts[1])
-    if kind == "lokr" and parts[7] is None:
-        small = parts[0].shape[:2] if parts[0] is not None else _product(parts[3], parts[4])
-        large = parts[1].shape[:2] if parts[1] is not None else _product(parts[5], parts[6])
+    factors: Any = getattr(patch, "weights", None)
+    if kind == "lora" and factors[3] is None and factors[5] is None:  # neither of a convolution, nor one that resizes
+        return _product(factors[0], factors[1])
+    if kind == "loha" and factors[5] is None:
+        return _product(factors[0], factors[1])
+    if kind == "lokr" and factors[7] is None:
+        small = factors[0].shape[:2] if factors[0] is not None else _product(factors[3], factors[4])
+        large = factors[1].shape[:2] if factors[1] is not None else _product(factors[5], factors[6])
         return small[0] * large[0], small[1] * large[1]
     if isinstance(patch, tuple) and len(patch) == 2 and patch[0] == "diff" and len(patch[1]) == 1:
         difference = patch[1][0]

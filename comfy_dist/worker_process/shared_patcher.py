@@ -90,7 +90,7 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
             if not is_quantised_weight(layer, "weight"):
                 continue
             key = f"{name}.weight"
-            sources = [group[key] for group in (self.patches, self._hooks_at_use) if key in group]
+            sources = [patches[key] for patches in (self.patches, self._hooks_at_use) if key in patches]
             on_device = layer.weight.device.type != "cpu"
             set_patches_at_use(layer, key, sources, dtype, layer.weight.device if on_device else self.load_device)
 

@@ -6,6 +6,7 @@ import comfy_scenarios as scenarios
 import pytest
 import torch
 from comfy_models import CONFIGS, VERSIONS, quantise, save_tiny_checkpoint, slow
+from comfy_scenarios import SAMPLING_TOLERANCE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +14,6 @@ from rayltx.expansion.comfyui_gguf.convert import convert
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 pytestmark = pytest.mark.comfyui
-TOLERANCE = 5e-6  # of a sampling on several ranks, float32: as for every checkpoint
 SAME_WEIGHTS = 1e-6  # of one that uses the same numbers from another file, on as many ranks
 
 
@@ -82,15 +82,15 @@ def test_two_workers_equal_one_and_the_same_weights_dequantised(files, load, ver
     # As blocks, in memory: a file of Q4_0 takes a fraction of float32.
     assert twin.link.remote.source.weight_bytes <= quantised.stat().st_size * 1.02
     two = sample(twin, version)
-    assert difference(two, sample(twin.with_config(ParallelConfig(1, 1)), version)) <= TOLERANCE
+    assert difference(two, sample(twin.with_config(ParallelConfig(1, 1)), version)) <= SAMPLING_TOLERANCE
     assert difference(two, sample(load(plain), version)) <= SAME_WEIGHTS
-    assert difference(two, sample(whole(plain), version)) <= TOLERANCE
+    assert difference(two, sample(whole(plain), version)) <= SAMPLING_TOLERANCE
 
 
 @pytest.mark.parametrize("type", slow("Q4_1", "Q5_0", "Q5_1", "BF16"))
 def test_other_types(files, load, type):
     quantised, plain = files("LTX-2", type)
-    assert difference(sample(load(quantised), "LTX-2"), sample(whole(plain), "LTX-2")) <= TOLERANCE
+    assert difference(sample(load(quantised), "LTX-2"), sample(whole(plain), "LTX-2")) <= SAMPLING_TOLERANCE
 
 
 def test_narrow_dequantisation_is_what_was_asked_for(files, load):
@@ -167,7 +167,7 @@ def test_a_file_without_its_text_connector(load, tmp_path, version, kind):
         side[0][0] = work.randn(1, scenarios.TEXT_TOKENS, processed)
     with torch.inference_mode():
         expected, found = (scenarios.tensors_of(scenarios.ksampler(model, work)) for model in (whole(path), twin))
-    assert difference(found, expected) <= TOLERANCE
+    assert difference(found, expected) <= SAMPLING_TOLERANCE
     raw = scenarios.Workspace(version, config)
     for side in (raw.positive, raw.negative):
         side[0] = [raw.randn(1, scenarios.TEXT_TOKENS, config["caption_channels"]), {"unprocessed_ltxav_embeds": True}]
@@ -276,7 +276,7 @@ def test_a_lora_is_its_delta_on_the_weights(bases, load, tmp_path, base, kind):
     save_file(values, tmp_path / "by hand.safetensors", metadata=metadata)
     expected = sample(whole(tmp_path / "by hand.safetensors"), version)
 
-    assert difference(found, expected) <= TOLERANCE
+    assert difference(found, expected) <= SAMPLING_TOLERANCE
     assert difference(found, without) > 1e-3
     again = sample(twin, version)
     assert all(torch.equal(a, b) for a, b in zip(again, without))
@@ -289,7 +289,10 @@ def test_several_loras_and_hooks_on_quantised_weights(bases, load, base):
     path, plain = bases(base)
     twin, expected = load(path), whole(plain)
     for scenario in (scenarios.two_loras, scenarios.hook_lora, scenarios.lora):
-        assert difference(sample(twin, "LTX-Video", scenario), sample(expected, "LTX-Video", scenario)) <= TOLERANCE
+        assert (
+            difference(sample(twin, "LTX-Video", scenario), sample(expected, "LTX-Video", scenario))
+            <= SAMPLING_TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("base", ["Q8_0", *slow("float32", "fp8", "fp8 scaled")])

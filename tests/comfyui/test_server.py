@@ -7,6 +7,7 @@ import time
 import pytest
 from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint, slow
+from comfy_scenarios import SAMPLING_TOLERANCE
 from comfy_server import Graph, PromptFailed, Server
 from safetensors.torch import load_file, save_file
 
@@ -14,7 +15,6 @@ from rayltx.expansion.comfyui_gguf.convert import convert
 
 pytestmark = pytest.mark.comfyui
 
-TOLERANCE = 5e-6  # relative error of the latent's norm, float32, over a whole sampling
 STEPS = 3
 FRAMES, HEIGHT, WIDTH, AUDIO_TOKENS = 3, 5, 7, 11
 
@@ -168,7 +168,7 @@ def compare(server, version, build, workers=2, ring=1, **options):
         outputs.append(f"{kind}-{len(list(server.output.iterdir()))}")
         work.save(latent, outputs[-1])
         server.run(work.nodes)
-    assert error_of(server, outputs[1], outputs[0]) <= TOLERANCE
+    assert error_of(server, outputs[1], outputs[0]) <= SAMPLING_TOLERANCE
 
 
 STANDARD = {
@@ -320,7 +320,7 @@ def test_xfuser_nodes(server, version, case):
     found.save(ours(found, found.actors()[0]), "found")
     server.run(expected.nodes)
     server.run(found.nodes)
-    assert error_of(server, "found", "expected") <= TOLERANCE
+    assert error_of(server, "found", "expected") <= SAMPLING_TOLERANCE
 
 
 @pytest.mark.parametrize("version", ["LTX-Video", "LTX-2"])
@@ -333,7 +333,7 @@ def test_two_passes_on_sigmas_are_one(server, version):
     two.save(second, "two passes")
     server.run(one.nodes)
     server.run(two.nodes)
-    assert error_of(server, "two passes", "one pass") <= TOLERANCE
+    assert error_of(server, "two passes", "one pass") <= SAMPLING_TOLERANCE
 
 
 def test_sigmas_win_over_steps_with_a_warning(server):
@@ -344,7 +344,7 @@ def test_sigmas_win_over_steps_with_a_warning(server):
     expected = Workflow("LTX-Video")
     expected.save(sampler_custom(expected, expected.whole()), "expected")
     server.run(expected.nodes)
-    assert error_of(server, "found", "expected") <= TOLERANCE
+    assert error_of(server, "found", "expected") <= SAMPLING_TOLERANCE
 
 
 @pytest.mark.slow
@@ -375,7 +375,7 @@ def test_lora_nodes_give_the_same(server):
     ours.save(ksampler(ours, ours.actors(lora=second)[1]), "found")
     server.run(standard.nodes)
     server.run(ours.nodes)
-    assert error_of(server, "found", "expected") <= TOLERANCE
+    assert error_of(server, "found", "expected") <= SAMPLING_TOLERANCE
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -388,7 +388,7 @@ def test_a_gguf_file_with_a_lora(server, version):
     found.save(ksampler(found, found.gguf(lora=found.add("RayLoraLoader", **lora)[0])), "found")
     server.run(expected.nodes)
     server.run(found.nodes)
-    assert error_of(server, "found", "expected") <= TOLERANCE
+    assert error_of(server, "found", "expected") <= SAMPLING_TOLERANCE
 
 
 # ---- what happens around the sampling
@@ -467,7 +467,7 @@ def test_killing_the_workers_and_sampling_again(server):
     expected = Workflow("LTX-Video")
     expected.save(ksampler(expected, expected.whole()), "expected")
     server.run(expected.nodes)
-    assert error_of(server, "after kill", "expected") <= TOLERANCE
+    assert error_of(server, "after kill", "expected") <= SAMPLING_TOLERANCE
 
 
 # ---- three workers: another cluster in the place of the first
@@ -493,7 +493,7 @@ def test_the_memory_nodes(server):
         work.save(ksampler(work, model[0]), "found")
         work.add("PreviewAny", source=model[1])
         server.run(work.nodes)
-        assert error_of(server, "found", "expected") <= TOLERANCE
+        assert error_of(server, "found", "expected") <= SAMPLING_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf"])
@@ -512,7 +512,7 @@ def test_workers_that_map_the_file_itself(server, kind):
     found.save(ksampler(found, model), "found")
     server.run(expected.nodes)
     server.run(found.nodes)
-    assert error_of(server, "found", "expected") <= TOLERANCE
+    assert error_of(server, "found", "expected") <= SAMPLING_TOLERANCE
 
 
 # ---- what is refused, in the words of ComfyUI's error dialog

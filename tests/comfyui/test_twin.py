@@ -12,10 +12,10 @@ import pytest
 import torch
 from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint, slow
+from comfy_scenarios import SAMPLING_TOLERANCE
 
 from rayltx.sequence_parallel.partition import ParallelConfig
 
-TOLERANCE = 5e-6  # float32: a run's steps, each some roundings in another order
 DEGREES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
 
 
@@ -60,7 +60,7 @@ def test_every_scenario_equals_one_process(compare, scenario, version):
         pytest.skip("LTX-Video has no audio")
     _skip_unless_known(scenario)
     error = compare(scenario, version)
-    assert error <= TOLERANCE
+    assert error <= SAMPLING_TOLERANCE
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -73,7 +73,7 @@ def test_every_degree_equals_one_process(compare, version, degrees):
         scenarios.odd_token_count,
     ):
         error = compare(scenario, version, degrees)
-        assert error <= TOLERANCE, scenario.__name__
+        assert error <= SAMPLING_TOLERANCE, scenario.__name__
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -85,7 +85,7 @@ def test_patches_equal_one_process_and_leave_the_shared_bytes(models, compare, v
     for scenario in scenarios.PATCHES:
         for degrees in [(2, 1), (1, 2)]:
             error = compare(scenario, version, degrees)
-            assert error <= TOLERANCE, scenario.__name__
+            assert error <= SAMPLING_TOLERANCE, scenario.__name__
     assert compare(scenarios.euler, version) == plain, "a patch stayed"
     assert twin.link.remote.digest() == before
 
@@ -124,7 +124,7 @@ def test_stateful_patches_keep_their_state_between_steps(models):
         out, reference = (
             scenarios.tensors_of(scenarios.euler(m, "LTX-Video", CONFIGS["LTX-Video"]))[0] for m in (model, whole)
         )
-    assert (out - reference).norm() <= TOLERANCE * reference.norm()
+    assert (out - reference).norm() <= SAMPLING_TOLERANCE * reference.norm()
 
 
 class GrowingBlock:
@@ -174,7 +174,7 @@ def test_every_dtype_equals_one_process_with_the_same_file(cluster, tmp_path, mo
             error = max(((a - b).norm() / b.norm()).item() for a, b in zip(out, reference))
             # In bfloat16 a step's rounding is 4e-3, and 2 ranks round as often as one.
             low = twin.model.get_dtype_inference() != torch.float32
-            assert error <= (2e-2 if low else TOLERANCE), scenario.__name__
+            assert error <= (2e-2 if low else SAMPLING_TOLERANCE), scenario.__name__
         assert twin.link.remote.digest() == before
     assert twin.model.get_dtype() == whole.model.get_dtype()
     assert twin.model.manual_cast_dtype == whole.model.manual_cast_dtype
@@ -250,7 +250,7 @@ def test_a_worker_that_dies_while_sampling_changes_nothing(models, cluster, capl
         out = sample(twin, kill_once).unbind()
     assert steps == [0, 1, 2, 3]
     assert "died" in caplog.text and "repeating the step" in caplog.text
-    assert max(((a - b).norm() / b.norm()).item() for a, b in zip(out, reference)) <= TOLERANCE
+    assert max(((a - b).norm() / b.norm()).item() for a, b in zip(out, reference)) <= SAMPLING_TOLERANCE
 
 
 @pytest.mark.slow
