@@ -14,12 +14,11 @@ from rich.table import Table
 
 from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
+from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.partition import ParallelConfig
-
-TOLERANCE = 2e-6  # float32, relative error of the norm
 
 
 def degrees_up_to(workers: int) -> list[ParallelConfig]:

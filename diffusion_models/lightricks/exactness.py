@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape, video_positions
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
 
 FRAME_RATE = 25.0
 TEXT_TOKENS, AUDIO_TOKENS = 7, 9
@@ -155,11 +156,6 @@ def untouched_forward(
     if not video_only:
         answer["audio"] = audio.unflatten(2, (8, 16)).transpose(1, 2)
     return answer
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    """||out - reference|| / ||reference||, in float64."""
-    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 def worst_error(out: dict[str, Tensor], reference: dict[str, Tensor]) -> float:

@@ -10,6 +10,7 @@ from comfy_scenarios import SAMPLING_TOLERANCE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.expansion.comfyui_gguf.convert import convert
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -62,7 +63,7 @@ def placed_bytes(model):
 
 def difference(found, expected):
     assert all(torch.isfinite(tensor).all() for tensor in expected)
-    return max(((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, expected))
+    return max(map(relative_error, found, expected))
 
 
 def whole(path):

@@ -11,6 +11,7 @@ from comfy_scenarios import SAMPLING_TOLERANCE
 from comfy_server import Graph, PromptFailed, Server
 from safetensors.torch import load_file, save_file
 
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.expansion.comfyui_gguf.convert import convert
 
 pytestmark = pytest.mark.comfyui
@@ -156,7 +157,7 @@ def with_guide(work):
 def error_of(server, name, reference):
     found, expected = (load_file(server.output / f"{n}.safetensors") for n in (name, reference))
     assert found.keys() == expected.keys()
-    return max(((found[k].double() - expected[k].double()).norm() / expected[k].double().norm()).item() for k in found)
+    return max(relative_error(found[key], expected[key]) for key in found)
 
 
 def compare(server, version, build, workers=2, ring=1, **options):

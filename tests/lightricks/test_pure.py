@@ -7,6 +7,7 @@ import torch
 
 from rayltx.diffusion_models.lightricks.feed_forward import chunk_tokens, chunked_feed_forward
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape, video_positions
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.diffusion_models.lightricks.sampling import initial_noise, parse_sigmas, sample, schedule
 from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
 from rayltx.errors import InputError
@@ -91,6 +92,13 @@ def test_a_rank_keeps_only_the_frames_that_its_tokens_touch():
 def test_a_timestep_of_another_length_is_refused_not_padded():
     with pytest.raises(InputError, match=r"\(1, 5\): it must hold 1, 4 .* or 24"):
         TimestepRows.of_tokens(torch.rand(1, 5), SHAPE, slice(0, 12))
+
+
+def test_relative_error():
+    reference = torch.tensor([3.0, 4.0])
+    assert relative_error(torch.tensor([3.0, 4.5]), reference) == 0.1
+    assert relative_error(torch.tensor([[3.0, 4.0]]), reference) == math.inf, "another shape, though it would broadcast"
+    assert math.isnan(relative_error(torch.tensor([3.0, math.nan]), reference)), "within no tolerance"
 
 
 def test_chunks_are_large_enough_and_aligned():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.local_attention import torch_attention
 from rayltx.sequence_parallel.masks import DenseMask, GroupedMask
@@ -55,10 +56,6 @@ def whole_attention(q, k, v, mask=None):
     if mask is not None:
         scores = scores + mask.double()
     return (scores.softmax(-1) @ v).transpose(1, 2)
-
-
-def relative_error(out, reference):
-    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 def shard_and_attend(degrees, batch, tokens, heads, width, dtype, mask_kind):
