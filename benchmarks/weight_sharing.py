@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "importable"))
 import torch
 from safetensors.torch import save_file
 
-from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
+from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX, open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.tiny_models import official_name
 from rayltx.distributed_worker.cluster import Cluster
@@ -47,7 +47,7 @@ def write_checkpoint(path: Path, num_bytes: int) -> None:
     with torch.device("meta"):
         model = LTXVideoTransformer3DModel(**arguments, num_layers=layers)
     tensors = {
-        f"model.diffusion_model.{official_name(name)}": torch.empty(tensor.shape).uniform_(-0.1, 0.1)
+        OFFICIAL_PREFIX + official_name(name): torch.empty(tensor.shape).uniform_(-0.1, 0.1)
         for name, tensor in model.state_dict().items()
     }
     save_file(tensors, path, {"config": json.dumps({"transformer": {**CONFIG, "num_layers": layers}})})

@@ -22,6 +22,7 @@ from torch import Tensor
 from rayltx.demo.clips import COLOURS, MOTIONS, SHAPES, Scene, render_clip
 from rayltx.demo.pixels import SPREAD, pixels_to_latent
 from rayltx.demo.prompts import CONTEXT_DIM, scene_context
+from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape, video_positions
 
 NUM_HEADS, HEAD_DIM, NUM_LAYERS, CHANNELS = 4, 32, 6, 128
@@ -85,7 +86,7 @@ def save_official(model: LTXVideoTransformer3DModel, path: Path) -> None:
     for name, tensor in model.state_dict().items():
         for theirs, official in OFFICIAL_NAMES.items():
             name = name.replace(theirs, official)
-        tensors[f"model.diffusion_model.{name}"] = tensor.float().contiguous()
+        tensors[OFFICIAL_PREFIX + name] = tensor.float().contiguous()
     config = {"transformer": TRANSFORMER_CONFIG, "pixel_mapping": "rayltx-dct-8x32x32"}
     save_file(tensors, path, metadata={"config": json.dumps(config), "model_version": "rayltx-demo-1"})
 
@@ -94,7 +95,7 @@ def load_official(model: LTXVideoTransformer3DModel, path: Path) -> None:
     """The weights of a checkpoint that `save_official` wrote: the inverse of its renaming."""
     tensors = {}
     for name, tensor in load_file(path).items():
-        name = name.removeprefix("model.diffusion_model.")
+        name = name.removeprefix(OFFICIAL_PREFIX)
         for theirs, official in OFFICIAL_NAMES.items():
             name = name.replace(official, theirs)
         tensors[name] = tensor

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,18 +23,23 @@ from torch import Tensor
 
 from rayltx.errors import CheckpointError
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-LTX_MARKS = ("adaln_single.emb.timestep_embedder.linear_1.bias", "patchify_proj.weight")
+OFFICIAL_PREFIX = "model.diffusion_model."
+PREFIXES = (OFFICIAL_PREFIX, "diffusion_model.")  # under which a file may keep the transformer's names; or under none
+LTX_MARKS = (
+    "adaln_single.emb.timestep_embedder.linear_1.bias",
+    "patchify_proj.weight",
+)  # every LTX transformer has them
 _AUDIO_MARK = "audio_adaln_single.linear.weight"
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
-# As safetensors spells them.
-DTYPES: dict[str, torch.dtype] = {
+# As safetensors spells them, and the way back.
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -147,13 +152,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             found = {name: (slice_.get_dtype(), tuple(slice_.get_shape())) for name, slice_ in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it again") from error
-    prefix = _transformer_prefix(path, found)
+    prefix = transformer_prefix(path, found)
     tensors = {}
     for name, (dtype, shape) in found.items():
         if name.startswith(prefix):
-            if dtype not in DTYPES:
+            if dtype not in SAFETENSORS_DTYPES:
                 raise CheckpointError(f"{path}: tensor {name} has the dtype {dtype}, which is not known here")
-            tensors[name.removeprefix(prefix)] = TensorInfo(DTYPES[dtype], shape)
+            tensors[name.removeprefix(prefix)] = TensorInfo(SAFETENSORS_DTYPES[dtype], shape)
     return Checkpoint(str(path.resolve()), prefix, tensors, metadata, read_config(path, metadata))
 
 
@@ -163,14 +168,32 @@ def _looks_like_pickle(path: Path) -> bool:
     return start == b"PK\x03\x04" or (len(start) == 4 and start[0] == 0x80 and start[1] in range(2, 6))
 
 
-def _transformer_prefix(path: Path, names: Mapping[str, Any]) -> str:
-    for prefix in (*PREFIXES, ""):
-        if all(prefix + mark in names for mark in LTX_MARKS):
+def transformer_prefix(path: Path, names: Collection[str]) -> str:
+    """The prefix of an LTX transformer's names in a file. Raises CheckpointError if there is none among them."""
+    prefix = find_prefix(names)
+    missing = missing_marks(names, prefix)
+    if missing:
+        shown = ", ".join(sorted(names)[:3]) or "none"
+        raise CheckpointError(
+            f"{path}: not an LTX transformer: there is no {missing[0]} among its {len(names)} tensors ({shown}, ...)"
+        )
+    return prefix
+
+
+def find_prefix(names: Collection[str], prefixes: Sequence[str] = PREFIXES) -> str:
+    """The prefix under which an LTX transformer is found; else the one that most names carry; else none."""
+    for prefix in (*prefixes, ""):
+        if not missing_marks(names, prefix):
             return prefix
-    shown = ", ".join(sorted(names)[:3]) or "none"
-    raise CheckpointError(
-        f"{path}: not an LTX transformer: there is no {LTX_MARKS[0]} among its {len(names)} tensors ({shown}, ...)"
-    )
+    for prefix in prefixes:
+        if 2 * sum(name.startswith(prefix) for name in names) > len(names):
+            return prefix
+    return ""
+
+
+def missing_marks(names: Collection[str], prefix: str) -> list[str]:
+    """Which of an LTX transformer's marks are not there under a prefix."""
+    return [mark for mark in LTX_MARKS if prefix + mark not in names]
 
 
 def read_config(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:

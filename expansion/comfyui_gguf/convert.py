@@ -26,10 +26,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rayltx.diffusion_models.lightricks.checkpoint import LTX_MARKS
+from rayltx.diffusion_models.lightricks.checkpoint import (
+    SAFETENSORS_DTYPES,
+    SAFETENSORS_NAMES,
+    find_prefix,
+    transformer_prefix,
+)
 from rayltx.errors import CheckpointError, InputError, UnsupportedError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
-from rayltx.expansion.comfyui_gguf.loader import find_prefix
 from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES, num_bytes
 from rayltx.expansion.comfyui_gguf.reading import ORIGINAL_SHAPE, GGUFFile, open_gguf
 
@@ -37,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]  # tensors done, tensors, the name of the one that is next or ""
 
-SAFETENSORS_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ARCHITECTURE = "ltxv"
 _SMALL = 1024  # elements; below, a quantised tensor saves nothing
 _MOST_DIMS = 4  # of a tensor in a GGUF file
@@ -45,11 +49,7 @@ _SCALED_FP8_MARKS = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant"
 # What describes the GGUF file itself and not the model: written anew, never carried over.
 _OF_THE_FILE = ("general.architecture", "general.alignment", "general.quantization_version", "general.file_type")
 
-_DTYPE_TYPES = {dtype: type for type, dtype in PLAIN_DTYPES.items()}
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-}  # fmt: skip
+_PLAIN_TYPES = {dtype: type for type, dtype in PLAIN_DTYPES.items()}
 
 
 def convert(
@@ -73,9 +73,9 @@ def convert(
     if kinds == (".safetensors", ".gguf"):
         _to_gguf(source, target, _quantisable_type(type), progress)
     elif kinds == (".gguf", ".safetensors"):
-        if type is not None and type not in SAFETENSORS_DTYPES:
-            raise InputError(f"type={type} must be one of {', '.join(SAFETENSORS_DTYPES)}, for a .safetensors file")
-        _to_safetensors(open_gguf(source), target, SAFETENSORS_DTYPES.get(type or ""), progress)
+        if type is not None and type not in _FLOAT_DTYPES:
+            raise InputError(f"type={type} must be one of {', '.join(_FLOAT_DTYPES)}, for a .safetensors file")
+        _to_safetensors(open_gguf(source), target, _FLOAT_DTYPES.get(type or ""), progress)
     else:
         raise InputError(
             f"{source.name} to {target.name}: one must be a .gguf file and the other a .safetensors file, by their endings"
@@ -128,7 +128,8 @@ def _to_gguf(source: Path, target: Path, type: GGMLQuantizationType | None, prog
     try:
         with safe_open(source, framework="pt") as file:
             names = list(file.keys())
-            prefix = _check_transformer(source, names)
+            prefix = transformer_prefix(source, names)
+            _say_what_is_left_out(source, names, prefix)
             plans = [
                 _plan(source, name.removeprefix(prefix), file.get_slice(name), type)
                 for name in names
@@ -148,20 +149,13 @@ def _to_gguf(source: Path, target: Path, type: GGMLQuantizationType | None, prog
     _report(progress, len(plans), len(plans), "")
 
 
-def _check_transformer(source: Path, names: list[str]) -> str:
-    prefix = find_prefix(names)
-    missing = [mark for mark in LTX_MARKS if prefix + mark not in names]
-    if missing:
-        raise CheckpointError(
-            f"{source}: not an LTX transformer: there is no {missing[0]} among its {len(names)} tensors"
-        )
+def _say_what_is_left_out(source: Path, names: list[str], prefix: str) -> None:
     others = [name for name in names if not name.startswith(prefix)]
     if others:
         logger.warning(
             "%s: a GGUF file holds the transformer alone; %d other tensors (%s, ...) are left out",
             source, len(others), others[0],
         )  # fmt: skip
-    return prefix
 
 
 def _plan(source: Path, name: str, slice_: Any, type: GGMLQuantizationType | None) -> _Plan:
@@ -188,10 +182,12 @@ def _plan(source: Path, name: str, slice_: Any, type: GGMLQuantizationType | Non
 def _kept_type(source: Path, name: str, dtype: str) -> GGMLQuantizationType:
     if dtype.startswith("F8_E"):
         return GGMLQuantizationType.F16  # holds every value of both 8-bit floats
-    for torch_dtype, known in _SAFETENSORS_NAMES.items():
-        if known == dtype:
-            return _DTYPE_TYPES[torch_dtype]
-    raise UnsupportedError(f"{source}: tensor {name}: a GGUF file cannot hold the dtype {dtype}; convert another file")
+    known = SAFETENSORS_DTYPES.get(dtype)
+    if known not in _PLAIN_TYPES:
+        raise UnsupportedError(
+            f"{source}: tensor {name}: a GGUF file cannot hold the dtype {dtype}; convert another file"
+        )
+    return _PLAIN_TYPES[known]
 
 
 def _start_writer(path: Path, metadata: Mapping[str, str], plans: list[_Plan]) -> gguf.GGUFWriter:
@@ -241,7 +237,7 @@ def _to_safetensors(file: GGUFFile, target: Path, dtype: torch.dtype | None, pro
     for name in names:
         end = at + file.tensors[name].num_elements * dtypes[name].itemsize
         header[name.removeprefix(prefix)] = {
-            "dtype": _SAFETENSORS_NAMES[dtypes[name]],
+            "dtype": SAFETENSORS_NAMES[dtypes[name]],
             "shape": list(file.tensors[name].shape),
             "data_offsets": [at, end],
         }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from rayltx.diffusion_models.lightricks.checkpoint import LTX_MARKS, PREFIXES
+from rayltx.diffusion_models.lightricks.checkpoint import PREFIXES, find_prefix, missing_marks
 from rayltx.errors import CheckpointError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
 from rayltx.expansion.comfyui_gguf.reading import GGUFFile, open_gguf
@@ -52,18 +52,6 @@ def open_ltx_gguf(path: str | os.PathLike[str], prefixes: Sequence[str] = PREFIX
     return file, prefix
 
 
-def find_prefix(names: Iterable[str], prefixes: Sequence[str] = PREFIXES) -> str:
-    """The prefix under which an LTX transformer is found; else the one that most names carry; else none."""
-    names = set(names)
-    for prefix in (*prefixes, ""):
-        if all(prefix + mark in names for mark in LTX_MARKS):
-            return prefix
-    for prefix in prefixes:
-        if 2 * sum(name.startswith(prefix) for name in names) > len(names):
-            return prefix
-    return ""
-
-
 def _check_architecture(file: GGUFFile, prefix: str) -> None:
     architecture, metadata = file.architecture, file.metadata
     if metadata.get("split.count", 1) != 1:
@@ -83,7 +71,7 @@ def _check_architecture(file: GGUFFile, prefix: str) -> None:
             f"{file.path}: a model of the architecture {architecture}, not LTX; load it with `Unet Loader (GGUF)` of "
             "ComfyUI-GGUF, on one GPU"
         )
-    missing = [mark for mark in LTX_MARKS if prefix + mark not in file.tensors]
+    missing = missing_marks(file.tensors, prefix)
     if missing:
         shown = "no architecture" if architecture is None else f"the architecture {architecture}"
         raise CheckpointError(

@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from rayltx.expansion.comfyui_gguf.loader import LTX_MARKS
+from rayltx.diffusion_models.lightricks.checkpoint import LTX_MARKS
 from rayltx.expansion.comfyui_gguf.quant_types import SCALE_OFFSETS
 
 

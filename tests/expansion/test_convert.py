@@ -10,10 +10,11 @@ from gguf_files import write_gguf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rayltx.diffusion_models.lightricks.checkpoint import LTX_MARKS
 from rayltx.errors import CheckpointError, InputError, UnsupportedError
 from rayltx.expansion.comfyui_gguf import convert as convert_module
 from rayltx.expansion.comfyui_gguf.convert import convert, quantisable_types
-from rayltx.expansion.comfyui_gguf.loader import LTX_MARKS, gguf_sd_loader
+from rayltx.expansion.comfyui_gguf.loader import gguf_sd_loader
 from rayltx.expansion.comfyui_gguf.reading import open_gguf, read_tensor
 from rayltx.expansion.comfyui_gguf.scales import check_scales
 

@@ -8,9 +8,10 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 from gguf_files import random_blocks, write_gguf
 
+from rayltx.diffusion_models.lightricks.checkpoint import LTX_MARKS
 from rayltx.errors import CheckpointError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
-from rayltx.expansion.comfyui_gguf.loader import LTX_MARKS, gguf_sd_loader
+from rayltx.expansion.comfyui_gguf.loader import gguf_sd_loader
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
