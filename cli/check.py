@@ -15,6 +15,7 @@ from rich.table import Table
 from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
+from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError
@@ -80,8 +81,6 @@ def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None
 
 
 def _check_versions(versions: list[str]) -> None:
-    from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS
-
     unknown = sorted(set(versions) - set(TRANSFORMER_CONFIGS))
     if unknown:
         raise InputError(f"model={', '.join(unknown)} must be one of {', '.join(TRANSFORMER_CONFIGS)}")
@@ -116,7 +115,7 @@ def _diffusers_errors(
 ) -> Iterator[tuple[str, list[Errors]]]:
     from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel  # these take seconds to import
     from rayltx.diffusion_models.lightricks.exactness import cases_for, untouched_forward, worst_error
-    from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
+    from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 
     with Cluster.start(request) as cluster:
         for version in versions or TRANSFORMER_CONFIGS:

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
-from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
+from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
+from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.errors import CheckpointError, UnsupportedError
 
 

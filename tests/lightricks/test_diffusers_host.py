@@ -10,7 +10,8 @@ from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untouched_forward, worst_error
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
-from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
+from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
+from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
 
