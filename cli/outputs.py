@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rayltx.errors import InputError
+from rayltx.whole_files import appearing_whole
 
 LATENT_SUFFIX = ".safetensors"
 PIXEL_SUFFIXES = (".mp4", ".gif", ".png")
@@ -52,28 +51,24 @@ def write_output(
 
     latents: (1, C, F, H, W) and so on, by name. clip: (pixel frames, height, width, 3) in [0, 1]; for pixels.
     """
-    if path.suffix.lower() == LATENT_SUFFIX:
-        _atomically(
-            path, lambda temporary: save_file({k: v.contiguous() for k, v in latents.items()}, temporary, about)
-        )
-        return
-    assert clip is not None
-    frames = (clip * 255.0).round().to(torch.uint8).numpy()
+    with appearing_whole(path, path.suffix) as temporary:
+        if path.suffix.lower() == LATENT_SUFFIX:
+            save_file({name: latent.contiguous() for name, latent in latents.items()}, temporary, about)
+        else:
+            assert clip is not None
+            _write_pixels(temporary, (clip * 255.0).round().to(torch.uint8).numpy(), frame_rate, about)
+
+
+def _write_pixels(path: Path, frames: np.ndarray, frame_rate: float, about: dict[str, str]) -> None:
     suffix = path.suffix.lower()
     if suffix == ".png":
-        sheet = contact_sheet(frames)
-        _atomically(path, lambda temporary: sheet.save(temporary, pnginfo=_png_text(about)))
+        contact_sheet(frames).save(path, pnginfo=_png_text(about))
     elif suffix == ".gif":
         # GIF counts time in hundredths of a second.
         duration_ms = max(10 * round(100.0 / frame_rate), 20)
-        _atomically(path, lambda temporary: iio.imwrite(temporary, frames, duration=duration_ms, loop=0))
+        iio.imwrite(path, frames, duration=duration_ms, loop=0)
     else:
-        _atomically(
-            path,
-            lambda temporary: iio.imwrite(
-                temporary, frames, fps=frame_rate, codec="libx264", plugin="pyav", out_pixel_format="yuv420p"
-            ),
-        )
+        iio.imwrite(path, frames, fps=frame_rate, codec="libx264", plugin="pyav", out_pixel_format="yuv420p")
 
 
 def contact_sheet(frames: np.ndarray) -> Image.Image:
@@ -95,13 +90,3 @@ def _png_text(about: dict[str, str]) -> PngInfo:
     text = PngInfo()
     text.add_text("rayltx", json.dumps(about))
     return text
-
-
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under another name of the same ending, then rename."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,9 +12,7 @@ import json
 import logging
 import math
 import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from rayltx.errors import CheckpointError, InputError, UnsupportedError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
 from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES, num_bytes
 from rayltx.expansion.comfyui_gguf.reading import ORIGINAL_SHAPE, GGUFFile, open_gguf
+from rayltx.whole_files import appearing_whole
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ def _to_gguf(source: Path, target: Path, type: GGMLQuantizationType | None, prog
                 for name in names
                 if name.startswith(prefix)
             ]
-            with _appearing_whole(target) as temporary:
+            with appearing_whole(target) as temporary:
                 writer = _start_writer(temporary, file.metadata() or {}, plans)
                 try:
                     for number, plan in enumerate(plans):
@@ -244,7 +243,7 @@ def _to_safetensors(file: GGUFFile, target: Path, dtype: torch.dtype | None, pro
         at = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with _appearing_whole(target) as temporary, file.open() as reader, temporary.open("wb") as out:
+    with appearing_whole(target) as temporary, file.open() as reader, temporary.open("wb") as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
         for number, name in enumerate(names):
             _report(progress, number, len(names), name)
@@ -264,22 +263,6 @@ def _strings(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 # --- both --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _appearing_whole(target: Path) -> Iterator[Path]:
-    """A name next to `target`, which takes its place when the block ends, and is removed when it fails."""
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: there is no folder {target.parent}")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:  # an interrupt, too
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _report(progress: Progress | None, done: int, total: int, name: str) -> None:
