@@ -57,11 +57,11 @@ class ParallelConfig:
         return self.ulysses_degree * self.ring_degree
 
     def check_workers(self, num_workers: int) -> None:
-        """Raises ParallelConfigError if there are more ranks than workers."""
+        """Raises ParallelConfigError if there are fewer workers than ranks. More are no harm: some then have no part."""
         if self.world_size > num_workers:
             raise ParallelConfigError(
-                f"ulysses_degree={self.ulysses_degree} x ring_degree={self.ring_degree} = {self.world_size}, but there are "
-                f"{num_workers} workers; start more, or lower a degree"
+                f"ulysses_degree={self.ulysses_degree} x ring_degree={self.ring_degree} = {self.world_size}, but there "
+                f"are {num_workers} workers; start more, or lower a degree"
             )
 
     @classmethod

@@ -36,6 +36,16 @@ def test_open_degrees_are_filled_in(workers, ulysses, ring, expected):
     assert (config.ulysses_degree, config.ring_degree) == expected
 
 
+def test_ranks_need_as_many_workers():
+    config = ParallelConfig(ulysses_degree=2, ring_degree=2)
+    config.check_workers(4)
+    config.check_workers(5)
+    with pytest.raises(
+        ParallelConfigError, match=r"2 x ring_degree=2 = 4, but there are 3 workers; start more, or lower"
+    ):
+        config.check_workers(3)
+
+
 @pytest.mark.parametrize("workers, ulysses, ring", [(4, 3, 0), (4, 2, 1), (0, 0, 0), (2, 0, -1)])
 def test_degrees_that_do_not_fit_are_refused_with_the_numbers(workers, ulysses, ring):
     with pytest.raises(ParallelConfigError) as error:
