@@ -54,14 +54,15 @@ def _rank(rank: int, world_size: int, folder: str, queue: mp.SimpleQueue, argume
     enter(ComfyEnvironment.headless(str(arguments.comfyui.resolve()), cpu=True), "cpu")
     import comfy.ops
 
-    from rayltx.comfy_dist.tiny_checkpoints import CONFIGS, model_class
+    from rayltx.comfy_dist.tiny_checkpoints import model_class
+    from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS
 
     dist.init_process_group(
         "gloo", store=dist.FileStore(f"{folder}/store", world_size), rank=rank, world_size=world_size
     )
     group = SequenceParallelGroup.create(ParallelConfig(world_size, 1))
     config = {
-        **CONFIGS[arguments.version], "num_layers": arguments.layers, "num_attention_heads": HEADS,
+        **COMFYUI_CONFIGS[arguments.version], "num_layers": arguments.layers, "num_attention_heads": HEADS,
         "attention_head_dim": 128, "cross_attention_dim": 128 * HEADS, "audio_num_attention_heads": HEADS,
         "audio_attention_head_dim": 64, "audio_cross_attention_dim": 64 * HEADS,
     }  # fmt: skip

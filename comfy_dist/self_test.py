@@ -11,7 +11,6 @@ Letters in shapes: B batch, F, H, W latent frames, rows, columns, N = F H W vide
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,10 @@ from rayltx.comfy_dist.comfy_types import DiffusionModel
 from rayltx.comfy_dist.model_spec import has_audio, text_width
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 from rayltx.diffusion_models.lightricks.random_weights import randomise
+from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
 from rayltx.errors import SelfTestError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
-TOLERANCE = 2e-6  # float32, relative error of the norm: sums in another order
 _HEAD_DIM, _AUDIO_HEAD_DIM, _LAYERS = 12, 8, 2
 _FRAMES, _HEIGHT, _WIDTH = 3, 3, 5
 _AUDIO_TOKENS, _REFERENCE_TOKENS, _TEXT_TOKENS = 9, 4, 6
@@ -218,13 +217,6 @@ def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: 
             assert len(whole) == len(in_shards)
             errors[case.name] = max(map(relative_error, in_shards, whole))
     return errors
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    """||out - reference|| / ||reference||; infinite for another shape."""
-    if out.shape != reference.shape:
-        return math.inf
-    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 def check_errors(errors: Mapping[str, float | str], about: str) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayltx.comfy_dist.tiny_checkpoints import CONFIGS, model_class, save_tiny_checkpoint  # noqa: F401
+from rayltx.comfy_dist.tiny_checkpoints import model_class, save_tiny_checkpoint  # noqa: F401
+from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
+from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS as CONFIGS  # noqa: F401
 
 
 def slow(*values):
@@ -49,7 +51,7 @@ def quantise(path: Path, scaled: bool) -> None:
         else:
             tensors[name] = weight.to(torch.float8_e4m3fn)
     if scaled:
-        tensors["model.diffusion_model.scaled_fp8"] = torch.tensor([], dtype=torch.float8_e4m3fn)
+        tensors[OFFICIAL_PREFIX + "scaled_fp8"] = torch.tensor([], dtype=torch.float8_e4m3fn)
     else:
         tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
     save_file(tensors, path, metadata=metadata)

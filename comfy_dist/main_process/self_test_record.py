@@ -24,6 +24,7 @@ from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import ask_together
 from rayltx.errors import RanksDisagree, RanksFailedAlike
 from rayltx.sequence_parallel.partition import ParallelConfig
+from rayltx.whole_files import appearing_whole
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,7 @@ def _write(verdicts: dict[str, Any]) -> None:
     path = _path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(verdicts, indent=1))
-        temporary.replace(path)
+        with appearing_whole(path) as temporary:
+            temporary.write_text(json.dumps(verdicts, indent=1))
     except OSError as error:
         logger.warning("the self-test's verdict cannot be kept (%s): it will be run at every load", error)
