@@ -6,8 +6,10 @@ own free memory could decide otherwise.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +88,8 @@ def detect(
         fp8_optimizations=weight_dtype == FAST_FP8,
         gguf=gguf,
     )
-    base_model = build_base_model(config, spec, tensors, device=torch.device("meta"))
+    with _without_dynamic_vram():
+        base_model = build_base_model(config, spec, tensors, device=torch.device("meta"))
     tensors = config.process_unet_state_dict(tensors)
     _check_parameters(checkpoint, base_model.diffusion_model, tensors)
     return Detected(spec, base_model, tensors, _conversions(base_model, tensors, file_tensors, spec))
@@ -99,6 +102,22 @@ def check_version() -> None:
         raise UnsupportedError(
             f"ComfyUI {version} is too old: RayLTX needs {'.'.join(map(str, MIN_VERSION))} or newer; update ComfyUI"
         )
+
+
+@contextlib.contextmanager
+def _without_dynamic_vram() -> Iterator[None]:
+    """Let ComfyUI build a model as it does in a worker.
+
+    Its main program turns dynamic VRAM on for NVIDIA cards. Linear layers then have no parameters before they are loaded, so
+    what is wrong with a file's weights, and which dtype each should have, could not be found by them.
+    """
+    memory_management = importlib.import_module("comfy.memory_management")
+    before = memory_management.aimdo_enabled
+    memory_management.aimdo_enabled = False
+    try:
+        yield
+    finally:
+        memory_management.aimdo_enabled = before
 
 
 def _header(checkpoint: Checkpoint) -> dict[str, Tensor]:
