@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from rayltx.devices import automatic, kind_of
 from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError
@@ -27,12 +26,12 @@ class ClusterOptions:
         indices = parse_gpu_indices(self.gpus)
         device = self.device
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = automatic()
         if self.object_store_gb < 0:
             raise DeviceError(f"object-store-gb={self.object_store_gb} must not be negative; 0 chooses automatically")
         workers = self.workers
         if workers == 0:
-            workers = len(indices) or (torch.cuda.device_count() if device == "cuda" else 1)
+            workers = len(indices) or kind_of(device).count()
         config = ParallelConfig.for_workers(workers, self.ulysses, self.ring)
         request = ClusterRequest(
             workers=workers,

@@ -105,7 +105,7 @@ def _embedded(
         from rayltx.expansion.comfyui_gguf.diffusers_host import HOST, QuantisedModel
 
         # Blocks have no dtype to compute in.
-        default = "bfloat16" if request.device == "cuda" else "float32"
+        default = "float32" if request.on_cpu else "bfloat16"
         spec = QuantisedModel.of_checkpoint(
             checkpoint, getattr(torch, default if options.dtype == "file" else options.dtype)
         )

@@ -15,7 +15,7 @@ from rayltx.distributed_worker.object_store import StoreBudget, object_store_byt
 from rayltx.distributed_worker.rank_group import RankGroup
 from rayltx.distributed_worker.ray_start import connect, start_worker
 from rayltx.distributed_worker.remote_model import RemoteModel
-from rayltx.distributed_worker.request import LOCAL, ClusterRequest, ModelSource, gpus_of_this_process
+from rayltx.distributed_worker.request import LOCAL, ClusterRequest, ModelSource
 from rayltx.distributed_worker.weight_sharing import Progress, SharedWeights
 from rayltx.distributed_worker.worker import Worker, WorkerInfo
 from rayltx.distributed_worker.worker_calls import ask
@@ -62,7 +62,7 @@ class Cluster:
 
     def uses_gpu(self, index: int) -> bool:
         """Whether a worker runs on a GPU of this machine, by its number in this process."""
-        visible = gpus_of_this_process()
+        visible = self.request.kind.visible()
         return index < len(visible) and visible[index] in self._gpus
 
     def is_alive(self) -> bool:

@@ -21,18 +21,6 @@ def parse_gpu_indices(text: str) -> tuple[int, ...]:
     return indices
 
 
-def visible_gpus(cuda_visible_devices: str | None, num_gpus: int) -> tuple[str, ...]:
-    """The devices that this process sees, as CUDA_VISIBLE_DEVICES spells them.
-
-    cuda_visible_devices: that variable, or None where it is not set; it may hold numbers or UUIDs.
-    num_gpus: how many devices CUDA reports to this process.
-    """
-    if cuda_visible_devices is None:
-        return tuple(str(index) for index in range(num_gpus))
-    # CUDA itself ignores the list from the first entry on that it cannot find.
-    return tuple(part.strip() for part in cuda_visible_devices.split(",") if part.strip())[:num_gpus]
-
-
 def assign_gpus(workers: int, indices: tuple[int, ...], visible: tuple[str, ...]) -> tuple[str, ...]:
     """The value of CUDA_VISIBLE_DEVICES for each worker.
 

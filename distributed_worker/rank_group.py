@@ -230,7 +230,7 @@ class RankGroup:
 
     def _gone(self) -> list[int]:
         """The ranks to replace. The others have left the group."""
-        if self._request.device == "cuda":
+        if not self._request.on_cpu:
             return list(self.all_ranks)  # a communicator in an unknown state can hang its process at any time
         pings = {rank: self.start(rank, ask(Worker.leave)) for rank in self.all_ranks}
         return [rank for rank, ping in pings.items() if is_gone(ping, _PING_TIMEOUT_S)]

@@ -55,7 +55,7 @@ def connect(request: ClusterRequest) -> RayConnection:
         # Ray's own count of memory to give out leaves the store's size out, and refuses to start when little is left.
         # Nothing here is given out by it.
         _memory=psutil.virtual_memory().total,
-        num_gpus=0,  # GPUs are given out here, by CUDA_VISIBLE_DEVICES of each worker
+        num_gpus=0,  # GPUs are given out here, by what each worker's environment lets it see
         object_store_memory=store_bytes,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -71,7 +71,7 @@ def _store_bytes_of_cluster() -> int:
 def start_worker(request: ClusterRequest, gpus: tuple[str, ...], rank: int) -> ray.actor.ActorHandle:
     """Start the process of one rank. Returns at once, while it comes up.
 
-    gpus: CUDA_VISIBLE_DEVICES of each worker, as `ClusterRequest.gpus` says.
+    gpus: of each worker, as `ClusterRequest.gpus` says.
     """
     environment = {
         name: without_async_allocator(os.environ[name]) for name in _ALLOCATOR_VARIABLES if name in os.environ
@@ -81,9 +81,10 @@ def start_worker(request: ClusterRequest, gpus: tuple[str, ...], rank: int) -> r
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
     resources: dict[str, float] = {"num_cpus": 0}
     if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[rank]
-        environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"  # Ray versions differ for num_gpus=0
-    elif request.device == "cuda":
+        environment.update(request.kind.pinned_to(gpus[rank]))
+        # Ray versions differ for num_gpus=0.
+        environment[f"RAY_EXPERIMENTAL_NOSET_{request.kind.visible_variable}"] = "1"
+    elif not request.on_cpu:
         resources["num_gpus"] = 1  # another machine's cluster gives out its own GPUs
     threads = max(1, (psutil.cpu_count() or 1) // request.workers)
     actor_class = ray.remote(**resources, max_restarts=0, runtime_env={"env_vars": environment})(Worker)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from rayltx.devices import CPU, DeviceKind, kind_of
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
-from rayltx.distributed_worker.gpu_pinning import assign_gpus, visible_gpus
+from rayltx.distributed_worker.gpu_pinning import assign_gpus
 from rayltx.distributed_worker.messages import Refer
 from rayltx.errors import DeviceError, ParallelConfigError
 
@@ -30,7 +30,7 @@ class ClusterRequest:
     """What is asked of a cluster. Two equal requests are served by the same workers."""
 
     workers: int
-    device: str = "cpu"  # or "cuda"
+    device: str = CPU  # or another of `devices.KINDS`
     address: str = LOCAL  # start Ray here, or join the cluster at this address
     namespace: str = "default"
     gpu_indices: tuple[int, ...] = ()
@@ -45,26 +45,28 @@ class ClusterRequest:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ParallelConfigError(f"workers={self.workers} must be at least 1")
-        if self.device not in ("cpu", "cuda"):
-            raise DeviceError(f'device="{self.device}" must be cpu or cuda')
+        kind_of(self.device)
+
+    @property
+    def kind(self) -> DeviceKind:
+        return kind_of(self.device)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == CPU
 
     def gpus(self) -> tuple[str, ...]:
-        """CUDA_VISIBLE_DEVICES of each worker started here; () on the CPU and in another machine's cluster.
+        """Which GPU of this process each worker started here gets; () on the CPU and in another machine's cluster.
 
         Raises DeviceError if there are not enough GPUs.
         """
-        if self.device == "cpu" or self.address != LOCAL:
+        if self.on_cpu or self.address != LOCAL:
             if self.gpu_indices:
                 raise DeviceError(
                     "gpu_indices choose among this machine's GPUs: they need the device cuda and a local cluster"
                 )
             return ()
-        return assign_gpus(self.workers, self.gpu_indices, gpus_of_this_process())
-
-
-def gpus_of_this_process() -> tuple[str, ...]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES spells them."""
-    return visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+        return assign_gpus(self.workers, self.gpu_indices, self.kind.visible())
 
 
 @dataclass(frozen=True)

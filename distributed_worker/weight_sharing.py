@@ -40,7 +40,7 @@ class SharedWeights:
     @property
     def _stay_shared(self) -> bool:
         """Whether the workers use the one copy for as long as the model lives."""
-        return self._group.request.device == "cpu" or self._source.keeps_host_copy
+        return self._group.request.on_cpu or self._source.keeps_host_copy
 
     def give_to(self, ranks: Sequence[int], what: str, progress: Progress | None = None) -> None:
         """Let workers that have built the model take its weights. what: the work, for messages."""

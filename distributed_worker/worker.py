@@ -17,6 +17,7 @@ import ray.util
 import torch
 import torch.distributed as dist
 
+from rayltx.devices import CPU, kind_of
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.host import Host
@@ -48,7 +49,7 @@ class Worker:
     """Runs in a Ray actor. What it can be asked has a mark (see `worker_calls`), and is asked through `run`."""
 
     def __init__(self, device: str, num_threads: int) -> None:
-        self._device = device
+        self._device = kind_of(device)
         self._models: dict[str, Host] = {}
         self._group: SequenceParallelGroup | None = None
         self._store: dist.TCPStore | None = None
@@ -71,12 +72,9 @@ class Worker:
     def prepare(self, host_path: str, bootstrap: Bootstrap | None) -> WorkerInfo:
         """Import a host ahead of its use, and say who this is. Raises what the bootstrap and the import raise."""
         if bootstrap is not None:
-            import_dotted(bootstrap.function)(bootstrap.payload, self._device)
+            import_dotted(bootstrap.function)(bootstrap.payload, self._device.name)
         import_dotted(host_path)
-        memory = psutil.virtual_memory().total
-        if self._device == "cuda":
-            memory = torch.cuda.get_device_properties(0).total_memory
-        return WorkerInfo(os.getpid(), socket.gethostname(), self._device, memory)
+        return WorkerInfo(os.getpid(), socket.gethostname(), self._device.name, self._device.total_bytes())
 
     @individual
     def memory(self) -> int:
@@ -107,7 +105,7 @@ class Worker:
         timeout = datetime.timedelta(seconds=timeout_s)
         store = self._store if rank == 0 else dist.TCPStore(*meeting_point, is_master=False, timeout=timeout)
         dist.init_process_group(
-            "nccl" if self._device == "cuda" else "gloo",
+            self._device.collectives,
             store=store,
             rank=rank,
             world_size=config.world_size,
@@ -127,7 +125,7 @@ class Worker:
     @individual
     def build(self, model_id: str, host_path: str, spec: object) -> None:
         """Make a host without weights. Raises what the host's class raises for the specification."""
-        self._models[model_id] = import_dotted(host_path)(spec, self._device)
+        self._models[model_id] = import_dotted(host_path)(spec, self._device.name)
 
     @individual
     def read_portion(
@@ -172,8 +170,7 @@ class Worker:
             model.close()
         del model
         give_back_freed_memory()  # models refer to themselves in circles, and hold their shared pages until they are found
-        if self._device == "cuda":
-            torch.cuda.empty_cache()
+        self._device.give_back_memory()
 
     # ---- calls of a host
 
@@ -197,7 +194,7 @@ class Worker:
             raise
         except Exception:
             # The others may be waiting for this rank. With gloo they notice at once that it has left.
-            if self._device == "cpu":
+            if self._device.name == CPU:
                 self.leave()
             raise
         return pack(result) if group.rank == 0 else None

@@ -97,8 +97,11 @@ _DIST: Definition = (
     {"default": "auto", "tooltip": "host:port at which the workers meet. auto: a free port, so that nothing collides."},
 )
 _DEVICE: Definition = (
-    ["cuda", "cpu"],
-    {"default": "cuda", "tooltip": "cpu runs the workers without a GPU: slow, and exact, to try things out."},
+    ["auto", "cuda", "cpu"],
+    {
+        "default": "auto",
+        "tooltip": "auto: what ComfyUI itself runs on. cpu runs the workers without a GPU: slow, and exact, to try things out.",
+    },
 )
 
 
@@ -158,7 +161,7 @@ class RayInitializer:
         return ", ".join([*schema["required"], *schema["optional"]])
 
     @classmethod
-    def VALIDATE_INPUTS(cls, XFuser_attention: Any = "TORCH_FLASH", device: Any = "cuda") -> bool | str:  # noqa: N802, N803
+    def VALIDATE_INPUTS(cls, XFuser_attention: Any = "TORCH_FLASH", device: Any = "auto") -> bool | str:  # noqa: N802, N803
         """A value in another's place, from a file of another version, is told from a wrong one."""
         for name, value, allowed in (
             ("XFuser_attention", XFuser_attention, _attention()[0]),

@@ -11,6 +11,7 @@ import importlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def _without_dynamic_vram() -> Iterator[None]:
     Its main program turns dynamic VRAM on for NVIDIA cards. Linear layers then have no parameters before they are loaded, so
     what is wrong with a file's weights, and which dtype each should have, could not be found by them.
     """
-    memory_management = importlib.import_module("comfy.memory_management")
+    memory_management: Any = importlib.import_module("comfy.memory_management")
     before = memory_management.aimdo_enabled
     memory_management.aimdo_enabled = False
     try:

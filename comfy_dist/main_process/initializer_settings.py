@@ -7,18 +7,18 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
 from rayltx.comfy_dist.comfy_host import COMFY_HOST
 from rayltx.comfy_dist.main_process.attention_names import attention_arguments
 from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.devices import CPU, KINDS, kind_of
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
 from rayltx.distributed_worker.request import LOCAL, ClusterRequest
 from rayltx.errors import DeviceError, InputError, ParallelConfigError, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
+AUTOMATIC = "auto"
 _OLD_DIST_ADDRESS = "127.0.0.1:29500"  # a fixed port: two instances on a machine collide on it
 _HOST_PORT = re.compile(r"[\w.\-]+:\d{1,5}")
 
@@ -46,18 +46,19 @@ class InitializerSettings:
     GPU_SELECT: str = ""
     ray_dashboard_address: str = "None"
     torch_dist_address: str = "auto"
-    device: str = "cuda"
+    device: str = AUTOMATIC  # what ComfyUI itself runs on
     expected_order: str = ""  # of the node's widgets, for the message when they look shifted
 
     def placement(self) -> Placement:
         """Raises UserError by the widget's name, before anything is started."""
         self._refuse_what_is_not_here()
+        device = self._device()
         indices = parse_gpu_indices(self._indices())
-        workers = self.GPU or len(indices) or self._default_workers()
+        workers = self.GPU or len(indices) or self._default_workers(device)
         if indices and self.GPU and len(indices) != self.GPU:
             raise DeviceError(f"GPU={self.GPU}, but gpu_indices names {len(indices)}: make them agree, or set GPU to 0")
-        if self.device == "cuda" and self.ray_cluster_address == LOCAL:
-            self._check_gpus(workers)
+        if device != CPU and self.ray_cluster_address == LOCAL:
+            self._check_gpus(device, workers)
         try:
             config = ParallelConfig.for_workers(workers, self.ulysses_degree, self.ring_degree)
         except ParallelConfigError as error:
@@ -71,7 +72,7 @@ class InitializerSettings:
         environment = dataclasses.replace(environment, arguments=arguments)
         request = ClusterRequest(
             workers=workers,
-            device=self.device,
+            device=device,
             address=self.ray_cluster_address,
             namespace=self.ray_cluster_namespace,
             gpu_indices=indices,
@@ -112,17 +113,30 @@ class InitializerSettings:
             )
         return self.gpu_indices if self.gpu_indices.strip() else self.GPU_SELECT
 
-    def _default_workers(self) -> int:
-        if self.device == "cuda":
-            return max(1, torch.cuda.device_count())
+    def _device(self) -> str:
+        if self.device != AUTOMATIC:
+            return self.device
+        import comfy.model_management
+
+        device = comfy.model_management.get_torch_device().type
+        if device not in KINDS:
+            raise DeviceError(
+                f'ComfyUI runs on the device "{device}", which workers cannot run on; set the input "device" to cpu, or use '
+                "ComfyUI's own loader"
+            )
+        return device
+
+    def _default_workers(self, device: str) -> int:
+        if device != CPU:
+            return max(1, kind_of(device).count())
         return max(1, self.ulysses_degree) * max(1, self.ring_degree)
 
-    def _check_gpus(self, workers: int) -> None:
-        visible = torch.cuda.device_count()
+    def _check_gpus(self, device: str, workers: int) -> None:
+        visible = kind_of(device).count()
         if visible == 0:
             raise DeviceError(
-                f"GPU={self.GPU}: ComfyUI sees no CUDA device here. Check the driver, torch and CUDA_VISIBLE_DEVICES, or set "
-                'the input "device" to cpu'
+                f"GPU={self.GPU}: ComfyUI sees no {device.upper()} device here. Check the driver, torch and "
+                f'{kind_of(device).visible_variable}, or set the input "device" to cpu'
             )
         if workers > visible:
             raise DeviceError(

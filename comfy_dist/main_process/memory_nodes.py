@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from rayltx.comfy_dist.comfy_types import Model
 from rayltx.comfy_dist.main_process.feed_forward_patch import with_chunked_feed_forward
 from rayltx.comfy_dist.marks import is_twin
@@ -42,9 +40,9 @@ def with_ring(model: Model, num_gpus: int) -> tuple[Model, str]:
     """
     _require_twin(model)
     request = model.placement.request
-    if request.device == "cpu" or num_gpus == 1:
+    if request.on_cpu or num_gpus == 1:
         return _shared(model, ParallelConfig(ring_degree=num_gpus)), f"ring attention over {num_gpus} workers"
-    visible = torch.cuda.device_count()
+    visible = request.kind.count()
     if num_gpus > visible:
         raise ParallelConfigError(f"num_gpus={num_gpus}, but {visible} are visible to ComfyUI; lower it")
     indices = tuple(range(1, num_gpus))

@@ -256,7 +256,7 @@ class WorkerLink:
 
     def device_bytes(self, device: torch.device) -> int:
         """What the workers' weights take on a device of this process, when loaded."""
-        if device.type != "cuda":
+        if self.placement.request.on_cpu or device.type != self.placement.request.device:
             return 0
         index = device.index or 0
         return self.remote.source.weight_bytes if self.cluster.uses_gpu(index) else 0

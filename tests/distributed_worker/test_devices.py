@@ -2,8 +2,9 @@
 
 import pytest
 
+from rayltx.devices import visible_devices
 from rayltx.distributed_worker.cluster import Cluster
-from rayltx.distributed_worker.gpu_pinning import assign_gpus, parse_gpu_indices, visible_gpus, without_async_allocator
+from rayltx.distributed_worker.gpu_pinning import assign_gpus, parse_gpu_indices, without_async_allocator
 from rayltx.distributed_worker.object_store import MIN_BYTES, fits_object_store, object_store_bytes
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError
@@ -24,13 +25,13 @@ def test_other_lists_are_refused_with_the_value(text):
 
 
 def test_indices_count_within_what_is_visible():
-    assert assign_gpus(2, (0, 2), visible_gpus("4,5,6", 3)) == ("4", "6")
-    assert assign_gpus(2, (2, 0), visible_gpus(None, 4)) == ("2", "0")
-    assert assign_gpus(2, (), visible_gpus("GPU-aa,GPU-bb", 2)) == ("GPU-aa", "GPU-bb")
+    assert assign_gpus(2, (0, 2), visible_devices("4,5,6", 3)) == ("4", "6")
+    assert assign_gpus(2, (2, 0), visible_devices(None, 4)) == ("2", "0")
+    assert assign_gpus(2, (), visible_devices("GPU-aa,GPU-bb", 2)) == ("GPU-aa", "GPU-bb")
 
 
 def test_a_visible_list_longer_than_the_machine_is_cut_as_cuda_cuts_it():
-    assert visible_gpus("0,1,9", 2) == ("0", "1")
+    assert visible_devices("0,1,9", 2) == ("0", "1")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""The kinds of devices that ranks run on: what each is called where, and what it is asked.
+
+Only the choice of attention kernels (`sequence_parallel/local_attention.py`) asks torch.cuda by itself. ROCm is torch.cuda
+too, under other names outside of torch. The names for ROCm and XPU are those of their documentation: nothing of RayLTX has
+run on either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import psutil
+import torch
+
+from rayltx.errors import DeviceError
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """`name` is torch's."""
+
+    name: str
+    collectives: str  # the backend of torch.distributed
+    visible_variable: str  # of the environment: which devices a process may use; "": it has no choice
+    # These choose among the visible ones once more, where they are set: a worker must not inherit them.
+    overriding_variables: tuple[str, ...] = ()
+
+    @property
+    def _module(self) -> ModuleType:
+        return getattr(torch, self.name)
+
+    def count(self) -> int:
+        """How many of them this process can use; of CPUs, one."""
+        return 1 if self.name == CPU else self._module.device_count()
+
+    def visible(self, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+        """The devices that this process can use, as `visible_variable` spells them: numbers or UUIDs."""
+        variables = (*self.overriding_variables, self.visible_variable)
+        return visible_devices(
+            next((environment[name] for name in variables if name in environment), None), self.count()
+        )
+
+    def pinned_to(self, device: str) -> dict[str, str]:
+        """The environment of a process that may use this one of the `visible` devices alone."""
+        return {self.visible_variable: device, **dict.fromkeys(self.overriding_variables, device)}
+
+    def total_bytes(self) -> int:
+        """Memory of the first device that this process can use; of the machine, for the CPU."""
+        if self.name == CPU:
+            return psutil.virtual_memory().total
+        return self._module.get_device_properties(0).total_memory
+
+    def memory_report(self) -> str:
+        """What is known of the first device's memory, for messages; "" for the CPU."""
+        if self.name == CPU:
+            return ""
+        gib = 2**30
+        free, total = self._module.mem_get_info(0)
+        peak = self._module.max_memory_allocated(0)
+        return f"peak {peak / gib:.2f} GiB, {free / gib:.2f} of {total / gib:.2f} GiB free"
+
+    def give_back_memory(self) -> None:
+        """Return what torch's allocator holds unused."""
+        if self.name != CPU:
+            self._module.empty_cache()
+
+
+def _cuda() -> DeviceKind:
+    if torch.version.hip is not None:
+        # HIP_VISIBLE_DEVICES chooses among what ROCR_VISIBLE_DEVICES leaves, and wins over CUDA_VISIBLE_DEVICES.
+        return DeviceKind("cuda", "nccl", "CUDA_VISIBLE_DEVICES", ("HIP_VISIBLE_DEVICES",))
+    return DeviceKind("cuda", "nccl", "CUDA_VISIBLE_DEVICES")
+
+
+KINDS = {
+    CPU: DeviceKind(CPU, "gloo", ""),
+    "cuda": _cuda(),
+    "xpu": DeviceKind("xpu", "xccl", "ZE_AFFINITY_MASK"),
+}
+
+
+def visible_devices(names: str | None, count: int) -> tuple[str, ...]:
+    """The devices that a process sees, as the variable spells them that says which.
+
+    names: that variable, or None where it is not set; it may hold numbers or UUIDs. count: how many torch reports.
+    """
+    if names is None:
+        return tuple(str(index) for index in range(count))
+    # The drivers ignore the list from the first entry on that they cannot find.
+    return tuple(part.strip() for part in names.split(",") if part.strip())[:count]
+
+
+def kind_of(name: str) -> DeviceKind:
+    """Raises DeviceError for a device that ranks cannot run on."""
+    if name not in KINDS:
+        raise DeviceError(f'device="{name}" must be one of {", ".join(KINDS)}')
+    return KINDS[name]
+
+
+def automatic() -> str:
+    """What ranks run on where nothing else is asked: the machine's accelerator, or its CPU."""
+    found = (name for name in KINDS if name != CPU and getattr(torch, name).is_available())
+    return next(found, CPU)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory ran out: each library has its own way of saying so."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        mark in text for mark in ("CUDA error: out of memory", "HIP error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
