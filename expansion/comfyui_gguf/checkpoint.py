@@ -22,12 +22,11 @@ from rayltx.diffusion_models.lightricks.checkpoint import (
 )
 from rayltx.errors import CheckpointError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor, dequantise
+from rayltx.expansion.comfyui_gguf.header import MAGIC
 from rayltx.expansion.comfyui_gguf.loader import open_ltx_gguf
 from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES
 from rayltx.expansion.comfyui_gguf.reading import GGUFFile, GGUFFileReader
 from rayltx.expansion.comfyui_gguf.scales import check_scales
-
-_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def open_model_file(path: str | os.PathLike[str]) -> Checkpoint:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file")
     with open(path, "rb") as file:
-        is_gguf = file.read(len(_MAGIC)) == _MAGIC
+        is_gguf = file.read(len(MAGIC)) == MAGIC
     if is_gguf or Path(path).suffix.lower() == ".gguf":
         return open_gguf_checkpoint(path)
     return open_checkpoint(path)

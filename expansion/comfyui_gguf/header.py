@@ -1,8 +1,10 @@
-"""Is the header of a GGUF file whole? Asked before the gguf package reads it.
+"""The header of a GGUF file: its metadata, and where its tensors lie. Read once, each count checked as it is read.
 
-That package trusts the counts and lengths in a file: where they point past its end it sees an empty array, and either
-fails far from the cause (IndexError, ValueError, KeyError, OverflowError) or goes on for as many rounds as the count
-says. Here every count is compared with the bytes that are left, and what is wrong is said by the tensor's name.
+The gguf package's own reader trusts the counts and lengths in a file: where they point past its end it sees an empty
+array, and either fails far from the cause (IndexError, ValueError, KeyError, OverflowError) or goes on for as many rounds
+as the count says. So the header is read here: every count is compared with the bytes that are left, and what is wrong is
+said by the tensor's name. Types, block sizes and the decoding of metadata are that package's, and the tests compare what
+is found with its reader.
 
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -10,130 +12,171 @@ Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/doc
 from __future__ import annotations
 
 import math
-import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, ReaderField
 
 from rayltx.errors import CheckpointError
-from rayltx.expansion.comfyui_gguf.quant_types import num_bytes
+from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES, num_bytes
 
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # 1 counts in 32 bits, and has not been written since 2023
 _MOST_DIMS = 4
 _MOST_NESTED = 4  # arrays in arrays; the specification sets no limit, recursion does
 _LEAST_FIELD_BYTES, _LEAST_TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8
 
 _V = GGUFValueType
-_FORMATS = {
-    _V.UINT8: "B", _V.INT8: "b", _V.BOOL: "B", _V.UINT16: "H", _V.INT16: "h", _V.UINT32: "I", _V.INT32: "i",
-    _V.FLOAT32: "f", _V.UINT64: "Q", _V.INT64: "q", _V.FLOAT64: "d",
+_NUMBERS = {
+    _V.UINT8: "u1", _V.INT8: "i1", _V.BOOL: "?", _V.UINT16: "<u2", _V.INT16: "<i2", _V.UINT32: "<u4", _V.INT32: "<i4",
+    _V.FLOAT32: "<f4", _V.UINT64: "<u8", _V.INT64: "<i8", _V.FLOAT64: "<f8",
 }  # fmt: skip
 
 
-def check_header(path: Path) -> None:
+@dataclass(frozen=True)
+class GGUFTensor:
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]  # of the values, in torch's order
+    offset: int  # in the file, in bytes
+    num_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.type not in PLAIN_DTYPES
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of its bytes as uint8: whole rows where rows are whole blocks, blocks otherwise."""
+        block_size, type_size = GGML_QUANT_SIZES[self.type]
+        if self.shape and self.shape[-1] % block_size == 0:
+            return (*self.shape[:-1], self.shape[-1] // block_size * type_size)
+        return (self.num_bytes // type_size, type_size)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Both by name, in the file's order. `fields` are as `gguf.GGUFReader.fields`, on a mapping of the file."""
+
+    fields: dict[str, ReaderField]
+    tensors: dict[str, GGUFTensor]
+
+
+def read_header(path: Path) -> Header:
     """Raises CheckpointError, by file, tensor and reason, if the file is not a GGUF or holds less than it says."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     with path.open("rb") as file:
-        _HeaderCheck(path, file).run()
+        start = file.read(len(MAGIC) + 4)  # and the version
+        if len(start) < len(MAGIC) + 4 or not start.startswith(MAGIC):
+            raise CheckpointError(f"{path}: not a GGUF file: it begins with {start[:4]!r}, not with {MAGIC!r}")
+        try:
+            data = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: it cannot be mapped ({error})") from error
+    return _HeaderReader(path, data).read()
 
 
-class _HeaderCheck:
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.file = path, file
-        self.size = path.stat().st_size
-        self.at = 0  # bytes read so far
+class _HeaderReader:
+    def __init__(self, path: Path, data: np.ndarray) -> None:
+        self.path, self.data = path, data
+        self.at = len(MAGIC)  # the next byte to be read
         self.where = "header"
 
-    def run(self) -> None:
-        self._check_magic()
-        num_tensors, num_fields = self._scalar("Q"), self._scalar("Q")
+    def read(self) -> Header:
+        self._check_version()
+        num_tensors, num_fields = self._number("<u8"), self._number("<u8")
         for what, count, least in (
             ("metadata fields", num_fields, _LEAST_FIELD_BYTES),
             ("tensors", num_tensors, _LEAST_TENSOR_BYTES),
         ):
-            if count * least > self.size - self.at:
-                raise self._error(f"its header speaks of {count} {what}, for which {self.size} bytes have no room")
-        alignment = self._check_fields(num_fields)
-        tensors = self._read_tensors(num_tensors)
+            if count * least > self._left:
+                raise self._error(f"its header speaks of {count} {what}, for which {len(self.data)} bytes have no room")
+        fields = self._fields(num_fields)
+        alignment = self._alignment(fields.get("general.alignment"))
+        infos = self._tensor_infos(num_tensors)
         data_start = -(-self.at // alignment) * alignment
-        for name, (type, dims, offset) in tensors.items():
-            self._check_tensor(name, type, dims, offset, data_start, alignment)
+        return Header(fields, {name: self._tensor(name, *info, data_start, alignment) for name, info in infos.items()})
 
-    def _check_magic(self) -> None:
-        start = self.file.read(8)
-        self.at = len(start)
-        if len(start) < 8 or struct.unpack("<I", start[:4])[0] != GGUF_MAGIC:
-            raise CheckpointError(f"{self.path}: not a GGUF file: it begins with {start[:4]!r}, not with b'GGUF'")
-        version = struct.unpack("<I", start[4:])[0]
+    def _check_version(self) -> None:
+        version = self._number("<u4")
         if version & 0xFFFF == 0:
             raise self._error("its numbers are in big-endian order; convert it on the machine that it was made for")
         if version not in _VERSIONS:
             raise self._error(f"it is of GGUF version {version}; versions {_VERSIONS[0]} and {_VERSIONS[1]} are known")
 
-    def _check_fields(self, count: int) -> int:
-        """Returns the alignment of tensors."""
-        alignment = GGUF_DEFAULT_ALIGNMENT
-        names = set()
+    # ---- metadata
+
+    def _fields(self, count: int) -> dict[str, ReaderField]:
+        fields: dict[str, ReaderField] = {}
         for number in range(count):
-            self.where = f"metadata field {number + 1} of {count}"
-            name = self._string()
-            self.where = f"metadata field {name}"
-            if name in names:
-                raise self._error("it is there twice")
-            names.add(name)
+            start = self.at
+            name = self._name("metadata field", number, count, fields)
             type = self._value_type()
-            value = self._value(type, _MOST_NESTED)
-            if name == "general.alignment":
-                if type != GGUFValueType.UINT32 or value == 0 or value & (value - 1):
-                    raise self._error(f"{value!r} ({type.name}) is not a power of two as UINT32")
-                alignment = value
-        return alignment
+            if type == GGUFValueType.ARRAY:
+                item, parts = self._array(_MOST_NESTED)
+                types = [type, item]
+            else:
+                types, parts = [type], [self._value(type)]
+            fields[name] = ReaderField(start, name, parts, list(range(len(parts))), types)
+        return fields
+
+    def _array(self, nested: int) -> tuple[GGUFValueType, list[np.ndarray]]:
+        """The type of the innermost items, and these: numbers in one part for all, texts in one for each."""
+        if nested == 0:
+            raise self._error(f"arrays in more than {_MOST_NESTED} arrays")
+        item, length = self._value_type(), self._number("<u8")
+        if item in _NUMBERS:
+            return item, [self._take(_NUMBERS[item], length)]
+        if length * 8 > self._left:
+            raise self._error(f"an array of {length} items, where {self._left} bytes are left")
+        if item == GGUFValueType.STRING:
+            return item, [self._text() for _ in range(length)]
+        inner = [self._array(nested - 1) for _ in range(length)]
+        return (inner[0][0] if inner else item), [part for _, parts in inner for part in parts]
+
+    def _value(self, type: GGUFValueType) -> np.ndarray:
+        return self._text() if type == GGUFValueType.STRING else self._take(_NUMBERS[type])
 
     def _value_type(self) -> GGUFValueType:
-        number = self._scalar("I")
+        number = self._number("<u4")
         try:
             return GGUFValueType(number)
         except ValueError:
             raise self._error(f"its value type {number} is not known") from None
 
-    def _value(self, type: GGUFValueType, nested: int) -> Any:
-        """A scalar's value; None for what is skipped."""
-        if type == GGUFValueType.STRING:
-            return self._string()
-        if type != GGUFValueType.ARRAY:
-            return self._scalar(_FORMATS[type])
-        if nested == 0:
-            raise self._error(f"arrays in more than {_MOST_NESTED} arrays")
-        item, length = self._value_type(), self._scalar("Q")
-        if item in _FORMATS:
-            self._skip(length * struct.calcsize("<" + _FORMATS[item]))
-            return None
-        if length * 8 > self.size - self.at:
-            raise self._error(f"an array of {length} items, where {self.size - self.at} bytes are left")
-        for _ in range(length):
-            self._value(item, nested - 1)
-        return None
+    def _alignment(self, field: ReaderField | None) -> int:
+        """Of tensors' data."""
+        if field is None:
+            return GGUF_DEFAULT_ALIGNMENT
+        self.where = f"metadata field {field.name}"
+        alignment, type = field.contents(), field.types[0]
+        if type != GGUFValueType.UINT32 or alignment == 0 or alignment & (alignment - 1):
+            raise self._error(f"{alignment!r} ({type.name}) is not a power of two as UINT32")
+        return alignment
 
-    def _read_tensors(self, count: int) -> dict[str, tuple[int, tuple[int, ...], int]]:
-        tensors: dict[str, tuple[int, tuple[int, ...], int]] = {}
+    # ---- tensors
+
+    def _tensor_infos(self, count: int) -> dict[str, tuple[int, tuple[int, ...], int]]:
+        """By name: the number of the type, dimensions, the row's first; and the offset behind the header."""
+        infos: dict[str, tuple[int, tuple[int, ...], int]] = {}
         for number in range(count):
-            self.where = f"tensor {number + 1} of {count}"
-            name = self._string()
-            self.where = f"tensor {name}"
-            if name in tensors:
-                raise self._error("it is there twice")
-            num_dims = self._scalar("I")
+            name = self._name("tensor", number, count, infos)
+            num_dims = self._number("<u4")
             if num_dims > _MOST_DIMS:
                 raise self._error(f"{num_dims} dimensions; a GGUF tensor has at most {_MOST_DIMS}")
-            dims = tuple(self._scalar("Q") for _ in range(num_dims))
-            tensors[name] = self._scalar("I"), dims, self._scalar("Q")
-        return tensors
+            dims = tuple(self._number("<u8") for _ in range(num_dims))
+            infos[name] = self._number("<u4"), dims, self._number("<u8")
+        return infos
 
-    def _check_tensor(
+    def _tensor(
         self, name: str, type_number: int, dims: tuple[int, ...], offset: int, data_start: int, alignment: int
-    ) -> None:
+    ) -> GGUFTensor:
         self.where = f"tensor {name}"
         try:
             type = GGMLQuantizationType(type_number)
@@ -149,36 +192,52 @@ class _HeaderCheck:
             )
         if offset % alignment:
             raise self._error(f"its offset {offset} is not a multiple of the alignment {alignment}")
-        end = data_start + offset + num_bytes(type, math.prod(dims))
-        if end > self.size:
-            raise self._error(f"it ends at byte {end}, the file at {self.size}: the file is cut; download it again")
+        tensor = GGUFTensor(type, tuple(reversed(dims)), data_start + offset, num_bytes(type, math.prod(dims)))
+        end = tensor.offset + tensor.num_bytes
+        if end > len(self.data):
+            raise self._error(
+                f"it ends at byte {end}, the file at {len(self.data)}: the file is cut; download it again"
+            )
+        if math.prod(max(dim, 1) for dim in dims) >= 2**60:  # next to a dimension of 0: no bytes, but strides
+            raise self._error(f"its dimensions {dims} are more than can be counted")
+        return tensor
 
-    def _scalar(self, format: str) -> Any:
-        return struct.unpack("<" + format, self._bytes(struct.calcsize("<" + format)))[0]
+    # ---- what all of it is made of
 
-    def _string(self) -> str:
-        content = self._bytes(self._scalar("Q"))
+    def _name(self, what: str, number: int, count: int, known: dict[str, Any]) -> str:
+        self.where = f"{what} {number + 1} of {count}"
+        name = self._text().tobytes().decode()
+        self.where = f"{what} {name}"
+        if name in known:
+            raise self._error("it is there twice")
+        return name
+
+    def _text(self) -> np.ndarray:
+        """Its bytes, which are UTF-8."""
+        content = self._take("u1", self._number("<u8"))
         try:
-            return content.decode()
+            content.tobytes().decode()
         except UnicodeDecodeError as error:
             raise self._error(f"a text that is not UTF-8 ({error})") from None
-
-    def _bytes(self, count: int) -> bytes:
-        self._take(count)
-        content = self.file.read(count)
-        assert len(content) == count, "the file became shorter while it was read"
         return content
 
-    def _skip(self, count: int) -> None:
-        self._take(count)
-        self.file.seek(count, 1)
+    def _number(self, dtype: str) -> int:
+        return int(self._take(dtype)[0])
 
-    def _take(self, count: int) -> None:
-        if count > self.size - self.at:
+    def _take(self, dtype: str, count: int = 1) -> np.ndarray:
+        """The next values of the file, on its mapping."""
+        size = np.dtype(dtype).itemsize * count
+        if size > self._left:
             raise self._error(
-                f"{count} bytes are needed and {self.size - self.at} are left: the file is cut or damaged; download it again"
+                f"{size} bytes are needed and {self._left} are left: the file is cut or damaged; download it again"
             )
-        self.at += count
+        content = self.data[self.at : self.at + size].view(dtype)
+        self.at += size
+        return content
+
+    @property
+    def _left(self) -> int:
+        return len(self.data) - self.at
 
     def _error(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {self.where}: {reason}")

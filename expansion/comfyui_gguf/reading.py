@@ -6,45 +6,21 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf import GGUFReader
 from torch import Tensor
 
 from rayltx.errors import CheckpointError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
-from rayltx.expansion.comfyui_gguf.header import check_header
+from rayltx.expansion.comfyui_gguf.header import GGUFTensor, Header, read_header
 from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # and a tensor's name: its shape, where the file could not hold it
-
-
-@dataclass(frozen=True)
-class GGUFTensor:
-    type: GGMLQuantizationType
-    shape: tuple[int, ...]  # of the values, in torch's order
-    offset: int  # in the file, in bytes
-    num_bytes: int
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def is_quantised(self) -> bool:
-        return self.type not in PLAIN_DTYPES
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Of its bytes as uint8: whole rows where rows are whole blocks, blocks otherwise."""
-        block_size, type_size = GGML_QUANT_SIZES[self.type]
-        if self.shape and self.shape[-1] % block_size == 0:
-            return (*self.shape[:-1], self.shape[-1] // block_size * type_size)
-        return (self.num_bytes // type_size, type_size)
 
 
 @dataclass(frozen=True)
@@ -88,11 +64,11 @@ class GGUFFileReader:
         return content.view(PLAIN_DTYPES[tensor.type]).view(tensor.shape)
 
 
-def get_gguf_metadata(reader: GGUFReader) -> dict[str, Any]:
+def get_gguf_metadata(reader: GGUFReader | Header) -> dict[str, Any]:
     """Every field of a file by its key: int, float, bool, str, or a list of them (nested arrays come flattened).
 
     Decoded by `ReaderField.contents()`; taking a value out of `ReaderField.parts` by hand fails with numpy >= 2.4,
-    which no longer turns an array of one element into a number. The reader's own counts (`GGUF.*`) are left out.
+    which no longer turns an array of one element into a number. A reader's own counts (`GGUF.*`) are left out.
     """
     return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
 
@@ -103,21 +79,17 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     Raises CheckpointError, by file, tensor and reason, if it is missing, no GGUF, or damaged.
     """
     path = Path(path).resolve()
-    check_header(path)
+    header = read_header(path)
     try:
-        reader = GGUFReader(path)
-        metadata = get_gguf_metadata(reader)
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, OSError) as error:
+        metadata = get_gguf_metadata(header)
+    except ValueError as error:  # arrays of several types in one array
         raise CheckpointError(f"{path}: the gguf package cannot read it ({type(error).__name__}: {error})") from error
     tensors = {}
-    for tensor in reader.tensors:
-        shape = tuple(reversed(tensor.shape.tolist()))
-        original = metadata.get(ORIGINAL_SHAPE + tensor.name)
+    for name, tensor in header.tensors.items():
+        original = metadata.get(ORIGINAL_SHAPE + name)
         if original is not None:
-            shape = _original_shape(path, tensor.name, original, shape)
-        tensors[tensor.name] = GGUFTensor(
-            GGMLQuantizationType(tensor.tensor_type), shape, int(tensor.data_offset), int(tensor.n_bytes)
-        )
+            tensor = replace(tensor, shape=_original_shape(path, name, original, tensor.shape))
+        tensors[name] = tensor
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str | None):
         raise CheckpointError(f"{path}: general.architecture is {architecture!r}, which is not a text")

@@ -8,8 +8,9 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from rayltx.errors import CheckpointError
+from rayltx.expansion.comfyui_gguf.header import GGUFTensor
 from rayltx.expansion.comfyui_gguf.quant_types import SCALE_OFFSETS
-from rayltx.expansion.comfyui_gguf.reading import GGUFFile, GGUFTensor
+from rayltx.expansion.comfyui_gguf.reading import GGUFFile
 
 # A plain float as an unsigned integer without its sign is above this if it is a NaN.
 _INFINITY: dict[GGMLQuantizationType, tuple[type[np.unsignedinteger], int]] = {

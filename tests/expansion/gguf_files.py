@@ -32,7 +32,10 @@ def write_gguf(path, tensors=None, fields=(), architecture="ltxv", prefix=""):
         tensors = {prefix + mark: np.ones((4, 32), np.float32) for mark in LTX_MARKS}
     writer = gguf.GGUFWriter(path, architecture or "")
     for field in fields:
-        writer.add_key_value(*field)
+        if field[0] == gguf.Keys.General.ALIGNMENT:
+            writer.add_custom_alignment(field[1])  # and writes by it
+        else:
+            writer.add_key_value(*field)
     for name, tensor in tensors.items():
         if isinstance(tensor, tuple):
             writer.add_tensor(name, tensor[1], raw_dtype=GGMLQuantizationType(tensor[0]))
