@@ -47,22 +47,22 @@ class GroupedMask:
 
     def pieces(self, queries: slice, keys: slice, heads: slice) -> Iterator[tuple[slice, Tensor | None]]:
         start = 0
-        for count, values in self.groups:
+        for count, mask in self.groups:
             first, last = max(start, queries.start), min(start + count, queries.stop)
             if first < last:
                 rows = slice(first - start, last - start)
                 run = slice(first - queries.start, last - queries.start)
-                yield run, None if values is None else _cut(values, rows, keys, heads)
+                yield run, None if mask is None else _cut(mask, rows, keys, heads)
             start += count
 
 
-def _cut(values: Tensor, rows: slice, keys: slice, heads: slice) -> Tensor:
-    assert values.ndim == 4, f"a mask has 4 dimensions, this one is {tuple(values.shape)}"
-    if values.shape[1] > 1:
-        values = values[:, heads]
-    if values.shape[2] > 1:
-        values = values[:, :, rows]
-    return values[..., keys]
+def _cut(mask: Tensor, rows: slice, keys: slice, heads: slice) -> Tensor:
+    assert mask.ndim == 4, f"a mask has 4 dimensions, this one is {tuple(mask.shape)}"
+    if mask.shape[1] > 1:
+        mask = mask[:, heads]
+    if mask.shape[2] > 1:
+        mask = mask[:, :, rows]
+    return mask[..., keys]
 
 
 def attend_masked(
@@ -83,7 +83,7 @@ def attend_masked(
         return torch.empty_like(query)
     if mask is None:
         return attend(query, key, value, None)
-    outs = [attend(query[:, run], key, value, values) for run, values in mask.pieces(queries, keys, heads)]
+    outs = [attend(query[:, run], key, value, piece) for run, piece in mask.pieces(queries, keys, heads)]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
@@ -100,7 +100,7 @@ def attend_masked_with_lse(
     """As `attend_masked`, with the log-sum-exp (B, H, T)."""
     if mask is None or query.numel() == 0:
         return attend(query, key, value, None)
-    parts = [attend(query[:, run], key, value, values) for run, values in mask.pieces(queries, keys, heads)]
+    parts = [attend(query[:, run], key, value, piece) for run, piece in mask.pieces(queries, keys, heads)]
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)

@@ -121,6 +121,8 @@ class Checkpoint:
 
 
 class CheckpointReader:
+    """Reads a checkpoint's tensors from its open file, by their names without prefix."""
+
     def __init__(self, checkpoint: Checkpoint, file: Any) -> None:
         self._prefix, self._file = checkpoint.prefix, file
 
@@ -197,6 +199,7 @@ def missing_marks(names: Collection[str], prefix: str) -> list[str]:
 
 
 def read_config(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """The `config` of a file's metadata; {} where it has none. Raises CheckpointError for one that cannot be used."""
     try:
         config = json.loads(metadata.get("config", "{}"))
     except json.JSONDecodeError as error:

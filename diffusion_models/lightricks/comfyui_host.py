@@ -33,9 +33,15 @@ from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.masks import GroupedMask, SelfAttentionMask
 from rayltx.sequence_parallel.ulysses import gather_tokens
 
-OVERRIDE = "optimized_attention_override"  # ComfyUI's: called in place of the attention kernel
-ROLE = "rayltx_role"  # ours, in the options of one attention call
+# What the seam puts on ComfyUI's objects, for the time of a forward:
+# - in the transformer options, under a key of ComfyUI's: what is called in place of the attention kernel;
+OVERRIDE = "optimized_attention_override"
+# - in the options of one attention call: its AttentionRole, and the SelfAttentionMask of the whole sequence;
+ROLE = "rayltx_role"
 MASK = "rayltx_self_attention_mask"
+# - `rayltx_index`, on timesteps that ComfyUI keeps compressed: (n,) int64, the row of each token of this rank;
+# - on the model: the methods that `_ShardedForward.wrappers` names; on each `block.ff`: `forward`;
+# - forward hooks, on the attention modules (a block's attributes that `AttentionRole` names) and on `proj_out`.
 
 
 @contextlib.contextmanager
@@ -46,18 +52,12 @@ def sharded(diffusion_model: Any, group: SequenceParallelGroup, feed_forward_chu
     answer on rank 0, and something of the same shape elsewhere.
     Collective: every rank of the group calls the model with the same inputs.
     """
-    forward = _ShardedForward(diffusion_model, group)
+    forward = _ShardedForward(group)
     with contextlib.ExitStack() as scope:
-        for name in (
-            "_process_input",
-            "_prepare_timestep",
-            "_build_guide_self_attention_mask",
-            "_process_transformer_blocks",
-        ):
+        for name, wrapper in forward.wrappers().items():
             original = getattr(diffusion_model, name, None)
             if original is not None:  # guide masks came later than the rest
-                wrapped = functools.partial(getattr(forward, name.removeprefix("_")), original)
-                scope.enter_context(replaced(diffusion_model, name, wrapped))
+                scope.enter_context(replaced(diffusion_model, name, functools.partial(wrapper, original)))
         for block in diffusion_model.transformer_blocks:
             for role in AttentionRole:
                 attention = getattr(block, role.value, None)
@@ -104,11 +104,20 @@ _ABSENT = object()
 
 
 class _ShardedForward:
-    """The wrapped methods. Each takes the original first."""
+    """The wrappers of the model's methods. Each takes the original first."""
 
-    def __init__(self, model: Any, group: SequenceParallelGroup) -> None:
-        self._model, self._group = model, group
+    def __init__(self, group: SequenceParallelGroup) -> None:
+        self._group = group
         self._sequence: ShardedSequence | None = None
+
+    def wrappers(self) -> dict[str, Callable[..., Any]]:
+        """By the name of ComfyUI's method."""
+        return {
+            "_process_input": self.process_input,
+            "_prepare_timestep": self.prepare_timestep,
+            "_build_guide_self_attention_mask": self.build_guide_self_attention_mask,
+            "_process_transformer_blocks": self.process_transformer_blocks,
+        }
 
     @property
     def sequence(self) -> ShardedSequence:
@@ -142,13 +151,13 @@ class _ShardedForward:
         index = index if rows.index is None else rows.index
         # The text's modulation and the gates between the streams take the largest timestep of all tokens: it comes along
         # as one more row, which no token takes.
-        values = torch.cat([rows.values, by_token.amax(1, keepdim=True)], dim=1)
+        by_row = torch.cat([rows.values, by_token.amax(1, keepdim=True)], dim=1)
         if kwargs.get("orig_shape") is not None:
             # Each row is a frame of one token.
-            kwargs["orig_shape"] = [*kwargs["orig_shape"][:2], values.shape[1], 1, 1]
+            kwargs["orig_shape"] = [*kwargs["orig_shape"][:2], by_row.shape[1], 1, 1]
             kwargs["has_spatial_mask"] = False
         kwargs["grid_mask"] = None
-        timestep = values.reshape(*values.shape, *[1] * (timestep.ndim - 2))
+        timestep = by_row.reshape(*by_row.shape, *[1] * (timestep.ndim - 2))
         prepared, embedded, *rest = original(timestep, batch_size, hidden_dtype, **kwargs)
         if isinstance(prepared, (list, tuple)):  # audio-video: [video, audio, [a, VIDEO, VIDEO, a], prompts ...]
             prepared, embedded = list(prepared), list(embedded)
@@ -192,17 +201,14 @@ class _ShardedForward:
         q, k, v: (B, tokens, H E). Returns (B, queries, H E).
         """
 
-        def local(query: Tensor, key: Tensor, value: Tensor, values: Tensor | None) -> Tensor:
+        def local(query: Tensor, key: Tensor, value: Tensor, mask_piece: Tensor | None) -> Tensor:
             flat = [x.flatten(2) for x in (query, key, value)]
             extra = {**kwargs, "transformer_options": plain_options}
-            if values is not None and isinstance(own_mask, GroupedMask):
+            if mask_piece is not None and isinstance(own_mask, GroupedMask):
                 extra["low_precision_attention"] = False  # as ComfyUI calls it for guides
-            if chained is not None:
-                out = chained(kernel, *flat, query.shape[2], mask=values, **extra)
-            else:
-                out = kernel(*flat, query.shape[2], mask=values, **extra)
-            return out.unflatten(2, query.shape[2:])
+            return run(*flat, query.shape[2], mask=mask_piece, **extra).unflatten(2, query.shape[2:])
 
+        run = kernel if chained is None else functools.partial(chained, kernel)
         options = kwargs.get("transformer_options") or {}
         role = options.get(ROLE)
         own_mask: SelfAttentionMask | None = options.get(MASK)
@@ -210,7 +216,6 @@ class _ShardedForward:
         if chained is not None:
             plain_options[OVERRIDE] = chained
         if role is None:  # attention of something that a patch brought in
-            run = kernel if chained is None else functools.partial(chained, kernel)
             return run(q, k, v, heads, mask=mask, **kwargs)
         query, key, value = (x.unflatten(2, (heads, x.shape[2] // heads)) for x in (q, k, v))
         sequence = self.sequence
@@ -262,7 +267,7 @@ def _rows_to_tokens(value: Any, index: Tensor) -> Any:
     ragged: Any = object.__new__(_ragged_class(type(value)))  # type: ignore[arg-type]
     for name in ("batch_size", "num_frames", "patches_per_frame", "feature_dim", "data"):
         setattr(ragged, name, getattr(value, name))
-    ragged.index = index
+    ragged.rayltx_index = index
     return ragged
 
 
@@ -271,14 +276,14 @@ def _ragged_class(compressed: Any) -> Any:
     """A CompressedTimestep whose frames have as many tokens as this rank holds of them."""
 
     class RaggedTimestep(compressed):
-        __slots__ = ("index",)
+        __slots__ = ("rayltx_index",)
 
         def expand(self) -> Tensor:
-            return super().expand().index_select(1, self.index)
+            return super().expand().index_select(1, self.rayltx_index)
 
         def expand_for_computation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             rows = super().expand_for_computation(*args, **kwargs)
-            return tuple(row.index_select(1, self.index) for row in rows)
+            return tuple(row.index_select(1, self.rayltx_index) for row in rows)
 
     return RaggedTimestep
 

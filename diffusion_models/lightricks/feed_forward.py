@@ -16,7 +16,8 @@ from torch import Tensor
 MIN_CHUNK_TOKENS = 512  # with fewer rows, matrix products take another path, and sum in another order
 CHUNK_MULTIPLE = 64
 AUTOMATIC_INNER_BYTES = 256 * 2**20
-CHUNKS_OPTION = "rayltx_feed_forward_chunks"  # the number of chunks among ComfyUI's transformer options
+# The key in ComfyUI's transformer options under which a model says in how many chunks: 0 chooses, 1 is at once.
+CHUNKS_OPTION = "rayltx_feed_forward_chunks"
 
 
 def chunk_tokens(num_tokens: int, chunks: int) -> int:

@@ -10,9 +10,10 @@ from rayltx.sequence_parallel.masks import DenseMask, GroupedMask, SelfAttention
 
 
 def self_attention_mask_of(mask: Any) -> SelfAttentionMask | None:
-    """None; a dense additive mask (1, 1, N, N), as ComfyUI had it to 0.20; or its GuideAttentionMask since.
+    """Take over the mask that ComfyUI hands to a block's video self-attention.
 
-    The latter has one row for all tokens before the guides, a row for each token of a guide with a strength, and none
+    mask: None; a dense additive mask (1, 1, N, N), which ComfyUI had up to 0.20; or the GuideAttentionMask that it has
+    had since, with one row for all tokens before the guides, a row for each token of a guide with a strength, and none
     for what follows. Raises TypeError for anything else.
     """
     if mask is None:

@@ -19,6 +19,8 @@ AUDIO_CHANNELS, AUDIO_BINS = 8, 16  # of LTX's audio latents
 
 @dataclass(frozen=True)
 class ForwardInputs:
+    """The inputs of one forward, whole: every rank gets all of them and takes its own tokens."""
+
     latent: Tensor  # (B, C, F, H, W)
     timestep: Tensor  # sigma in [0, 1]: (B,), (B, F) or (B, N)
     context: Tensor  # (B, L, width): text, as the transformer takes it (of LTX-2: behind its connector)

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Weights under which every part of a model matters: unit gain in matrices, no zeros in gates, biases and tables."""
+    """Give a model weights under which every part of it matters: unit gain in matrices, no zeros in gates, biases and tables."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

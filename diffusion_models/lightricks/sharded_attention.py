@@ -32,6 +32,7 @@ class ShardedSequence:
     def even(
         cls, group: SequenceParallelGroup, num_tokens: int, self_attention_mask: SelfAttentionMask | None = None
     ) -> ShardedSequence:
+        """Cut the tokens over the group's ranks, as evenly as possible."""
         return cls(group, TokenPartition.even(num_tokens, group.config), self_attention_mask)
 
     @property
