@@ -1,7 +1,8 @@
 """What ranks answer, and what their answers mean together.
 
-Either every rank failed alike: the call may be repeated. Or ranks disagree, one died, or one is silent: the group must be
-formed anew.
+Either every rank failed alike: the call may be repeated. Or some ran out of memory, of which each library's message is
+another on each rank: it may be repeated with less. Or ranks disagree, one died, or one is silent: the group must be formed
+anew.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Generic, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from rayltx.devices import DeviceKind, is_out_of_memory
 from rayltx.distributed_worker.messages import pack
-from rayltx.errors import ClusterError, RanksDisagree, RanksFailedAlike, UserError, WorkerDied, WorkerStuck
+from rayltx.errors import ClusterError, OutOfMemory, RanksDisagree, RanksFailedAlike, UserError, WorkerDied, WorkerStuck
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +38,20 @@ class Failure:
     kind: str
     text: str
     trace: str
+    is_out_of_memory: bool = False
 
     @classmethod
-    def of(cls, error: Exception) -> Failure:
+    def of(cls, error: Exception, device: DeviceKind) -> Failure:
+        """device: whose memory may have run out. Its state is then added to the text."""
         try:
             pack(error)
             carried: Exception | None = error
         except Exception:  # whatever pickling raises: the text is carried instead
             carried = None
-        return cls(carried, type(error).__name__, str(error), traceback.format_exc())
+        text, out_of_memory = str(error), is_out_of_memory(error)
+        if out_of_memory:
+            text = f"{_first_line(text)} {device.memory_report()}".strip()
+        return cls(carried, type(error).__name__, text, traceback.format_exc(), out_of_memory)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def results(
     """What the ranks returned, by rank.
 
     asked: the ranks that were called, of `num_ranks`. what: the work, for messages ("a step", "loading").
-    Raises the users' error that all asked ranks raised; RanksFailedAlike; RanksDisagree; WorkerDied; WorkerStuck.
+    Raises the users' error that all asked ranks raised; RanksFailedAlike; OutOfMemory; RanksDisagree; WorkerDied; WorkerStuck.
     """
     dead = {rank: answer for rank, answer in answers.items() if isinstance(answer, RayError)}
     outcomes = {rank: answer for rank, answer in answers.items() if isinstance(answer, Outcome)}
@@ -127,6 +134,10 @@ def results(
     if not failures:
         raise WorkerStuck(f"{what}: no answer within {timeout_s:.0f} s from rank {_listed(silent)} of {num_ranks}")
     first = failures[min(failures)]
+    short = {rank: failure for rank, failure in failures.items() if failure.is_out_of_memory}
+    if short:
+        told = [f"rank {rank}: {failure.text}" for rank, failure in sorted(short.items())]
+        raise OutOfMemory(f"{what}: rank {_listed(short)} of {num_ranks} ran out of memory. {'; '.join(told)}")
     if len(failures) == len(asked) and all((f.kind, f.text) == (first.kind, first.text) for f in failures.values()):
         raise _alike(first, what, asked, num_ranks)
     told = [f"rank {rank}: {failure.kind}: {_first_line(failure.text)}" for rank, failure in sorted(failures.items())]

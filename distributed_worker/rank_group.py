@@ -16,7 +16,7 @@ from rayltx.distributed_worker.outcomes import is_gone, results, wait_for_outcom
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.distributed_worker.worker import Worker, WorkerInfo
 from rayltx.distributed_worker.worker_calls import Call, CallKind, ask
-from rayltx.errors import ClusterError, RanksFailedAlike
+from rayltx.errors import ClusterError, OutOfMemory, RanksFailedAlike
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -127,11 +127,12 @@ class RankGroup:
             raise
         try:
             return results(answers, tuple(calls.references), calls.num_ranks, calls.what, calls.timeout_s)
-        except RanksFailedAlike:
-            if calls.is_collective:
-                self._config = (
-                    None  # nobody is out of step, but a rank that fails in a collective call leaves its group
-                )
+        except (RanksFailedAlike, OutOfMemory):
+            if len(answers) < len(calls.references):
+                self._broken = True  # a rank waits for one that ran out of memory, and notices nothing
+            elif calls.is_collective:
+                # Nobody is out of step, but a rank that fails in a collective call leaves its group.
+                self._config = None
             raise
         except ClusterError:
             self._broken = True
@@ -181,13 +182,13 @@ class RankGroup:
     def repeated(self, work: Callable[[], _Result], what: str, repeats: int = 2) -> _Result:
         """What some work gives that mends the group first. After a failure of the group it is done again, so often at most.
 
-        Raises the last failure; at once what every rank raised, which would come again.
+        Raises the last failure; at once what every rank raised, and out of memory, which would come again.
         """
         for attempt in itertools.count():
             try:
                 return work()
             except ClusterError as error:
-                if isinstance(error, RanksFailedAlike) or attempt == repeats:
+                if isinstance(error, (RanksFailedAlike, OutOfMemory)) or attempt == repeats:
                     raise
                 logger.warning("%s; repeating %s", error, what)
         raise AssertionError("unreachable")

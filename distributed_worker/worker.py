@@ -64,7 +64,7 @@ class Worker:
         try:
             return Outcome(result=getattr(self, method)(*args, **kwargs), logs=self._logs.drain())
         except Exception as error:  # the process boundary
-            return Outcome(failure=Failure.of(error), logs=self._logs.drain())
+            return Outcome(failure=Failure.of(error, self._device), logs=self._logs.drain())
 
     # ---- the process
 

@@ -12,7 +12,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from rayltx.comfy_dist.comfy_host import ComfyHost
+from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
 from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, HookGroup, KeyPatches, Model, Options
 from rayltx.comfy_dist.main_process.detection import Detected
 from rayltx.comfy_dist.main_process.forwarding import (
@@ -25,6 +25,7 @@ from rayltx.comfy_dist.main_process.forwarding import (
     remote_options,
 )
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
+from rayltx.comfy_dist.main_process.memory_saving import MemorySaving, advice
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.self_test_record import prove_seam
 from rayltx.comfy_dist.model_spec import text_width
@@ -33,7 +34,7 @@ from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import ask, ask_together
-from rayltx.errors import InputError, UnsupportedError
+from rayltx.errors import InputError, OutOfMemory, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class WorkerLink:
         self._sent_hooks: dict[tuple[tuple[tuple[object, float], ...], object], str] = {}
         self._runs = itertools.count()
         self._run = next(self._runs)
+        self._saving: MemorySaving | None = None  # for the rest of this run
 
     @property
     def base_model(self) -> BaseModel:
@@ -153,6 +155,7 @@ class WorkerLink:
     def begin_run(self) -> None:
         """A sampling run begins: weights are put on the devices anew, if anything took their place."""
         self._run = next(self._runs)
+        self._saving = None
 
     def forward(self, model: DiffusionModel, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """The model's `_forward`, by the workers. Returns what it returns, on the device of the input."""
@@ -172,11 +175,38 @@ class WorkerLink:
             hooks_key=None if patcher is None else self._hooks_key(patcher),
             load=self._load_inputs(),
         )
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
-        out = self.remote.call_together(ask_together(ComfyHost.forward, inputs), self.placement.config, poll=poll)
-        assert out is not None, "rank 0 answers"
+        out = self._step(inputs)
         device = (x[0] if isinstance(x, (list, tuple)) else x).device
         return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
+
+    def _step(self, inputs: StepInputs) -> ModelOutput:
+        """A step on the workers. Where memory runs out it is tried once more with less, and so are the run's later ones.
+
+        Raises ComfyUI's own out-of-memory error if that is too much, too.
+        """
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+
+        def step() -> ModelOutput:
+            saved = inputs if self._saving is None else self._saving.applied_to(inputs)
+            out = self.remote.call_together(ask_together(ComfyHost.forward, saved), self.placement.config, poll=poll)
+            assert out is not None, "rank 0 answers"
+            return out
+
+        try:
+            return step()
+        except OutOfMemory as error:
+            short = error
+        if self._saving is None:
+            placed = self.remote.call(ask(ComfyHost.placed_bytes), "measuring", range(self.placement.config.world_size))
+            self._saving = MemorySaving.after(placed, self.placement.weight_budget)
+            logger.warning("%s; trying again with %s", short, self._saving)
+            self.remote.call(ask(ComfyHost.unload), "giving memory back")
+            try:
+                return step()
+            except OutOfMemory as error:
+                short = error
+        self.remote.call(ask(ComfyHost.unload), "giving memory back")
+        raise comfy.model_management.OOM_EXCEPTION(f"{short}. {advice(self._saving)}") from short
 
     def preprocess_text_embeds(self, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> Tensor:
         """The text connector, which is part of the weights. One worker is enough for it."""

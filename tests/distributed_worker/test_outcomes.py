@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from ray.exceptions import ActorDiedError
 
+from rayltx.devices import CPU, KINDS
 from rayltx.distributed_worker.outcomes import Failure, Outcome, results
-from rayltx.errors import InputError, RanksDisagree, RanksFailedAlike, WorkerDied, WorkerStuck
+from rayltx.errors import InputError, OutOfMemory, RanksDisagree, RanksFailedAlike, WorkerDied, WorkerStuck
 
 
 def failed(text="out of patience"):
     try:
         raise RuntimeError(text)
     except RuntimeError as error:
-        return Outcome(failure=Failure.of(error))
+        return Outcome(failure=Failure.of(error, KINDS[CPU]))
 
 
 def test_results_are_by_rank():
@@ -51,6 +53,37 @@ def test_a_user_error_that_all_raised_is_raised_itself():
     try:
         raise InputError("seed=-1 must not be negative")
     except InputError as error:
-        outcome = Outcome(failure=Failure.of(error))
+        outcome = Outcome(failure=Failure.of(error, KINDS[CPU]))
     with pytest.raises(InputError, match="seed=-1"):
         results({0: outcome, 1: outcome}, (0, 1), 2, "the step", 9.0)
+
+
+def out_of_memory(free, pid, used):
+    """CUDA's own words, which are other ones in each process."""
+    text = (
+        f"CUDA out of memory. Tried to allocate 896.00 MiB. GPU 0 has a total capacity of 23.64 GiB of which {free} MiB is "
+        f"free. Process {pid} has 1.12 GiB memory in use. Including non-PyTorch memory, this process has {used} GiB memory "
+        "in use. Of the allocated memory 19.87 GiB is allocated by PyTorch, and 1.31 GiB is reserved by PyTorch."
+    )
+    try:
+        raise torch.OutOfMemoryError(text)
+    except torch.OutOfMemoryError as error:
+        return Outcome(failure=Failure.of(error, KINDS[CPU]))
+
+
+BOTH = {0: out_of_memory("412.31", 4711, "21.90"), 1: out_of_memory("655.00", 4712, "22.61")}
+
+
+@pytest.mark.parametrize("second", [BOTH[1], failed("Connection closed by peer"), Outcome(), None])
+def test_out_of_memory_is_a_failure_of_its_own_whatever_the_others_say(second):
+    answers = {0: BOTH[0], 1: second} if second is not None else {0: BOTH[0]}
+    short = "0, 1" if second is BOTH[1] else "0"
+    with pytest.raises(
+        OutOfMemory, match=rf"^the step: rank {short} of 2 ran out of memory. rank 0: .*412.31 MiB is free"
+    ):
+        results(answers, (0, 1), 2, "the step", 9.0)
+
+
+def test_a_rank_that_died_counts_more_than_memory():
+    with pytest.raises(WorkerDied, match="rank 1 of 2 died"):
+        results({0: BOTH[0], 1: ActorDiedError()}, (0, 1), 2, "the step", 9.0)

@@ -1,0 +1,47 @@
+"""What a step is tried with once more when a device's memory ran out."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from rayltx.comfy_dist.wire import StepInputs
+from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
+
+_LEAST_BUDGET = 64 * 2**20  # bytes; a block or two of any model
+AUTOMATIC_CHUNKS = 0
+
+
+@dataclass(frozen=True)
+class MemorySaving:
+    """Less weights on each device, and the feed-forward in chunks: the same numbers, more slowly."""
+
+    weight_budget: int  # bytes; the rest is streamed
+
+    @classmethod
+    def after(cls, placed_bytes: dict[int, int], weight_budget: int) -> MemorySaving:
+        """Half of what the rank with the most weights had on its device.
+
+        placed_bytes: by rank. weight_budget: what was allowed; 0 for as many as fit.
+        """
+        had = max(placed_bytes.values())
+        allowed = min(had, weight_budget) if weight_budget else had
+        return cls(max(allowed // 2, _LEAST_BUDGET))
+
+    def applied_to(self, inputs: StepInputs) -> StepInputs:
+        return dataclasses.replace(
+            inputs,
+            changing_options={**inputs.changing_options, CHUNKS_OPTION: AUTOMATIC_CHUNKS},
+            load=dataclasses.replace(inputs.load, weight_budget=self.weight_budget),
+        )
+
+    def __str__(self) -> str:
+        return f"at most {self.weight_budget / 2**30:.2f} GiB of weights on a device and the feed-forward in chunks"
+
+
+def advice(saving: MemorySaving) -> str:
+    """What a user can change when even that is too much."""
+    return (
+        f"The step was tried again with {saving}. Make the video smaller or shorter, lower max_vram_gb of the Ray loader below "
+        f"{saving.weight_budget / 2**30:.1f}, take more GPUs, or leave this GPU to the workers alone (gpu_indices)"
+    )
