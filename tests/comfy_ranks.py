@@ -209,3 +209,45 @@ def enter_short_of_memory(payload, device):
         return whole(self, *args, **kwargs)
 
     LTXVModel._forward = short_of_memory
+
+
+def disguised_cases(path, version, degrees):
+    """The self-test's cases on a device in disguise, sharded, by name: the relative error against the whole model on the CPU;
+    and `disguised_device.Counts` of the forward, as dictionaries, of the whole model there and of the sharded one."""
+    import disguised_device as disguise
+    from comfy_models import CONFIGS, model_class, set_up_comfyui
+
+    set_up_comfyui(path)
+    from comfy.cli_args import args
+
+    args.use_pytorch_cross_attention = True
+    from rayltx.comfy_dist import self_test
+    from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+    from rayltx.diffusion_models.lightricks.relative_error import relative_error
+
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    cpu = torch.device("cpu")
+    # Not in inference mode, which goes past a tensor's own dispatch.
+    with torch.inference_mode(False), torch.no_grad():
+        model = self_test.tiny_model(model_class(version), CONFIGS[version], cpu)
+        cases = self_test.cases_for(model)
+        references = {case.name: self_test.call(model, case, cpu) for case in cases}
+        disguise.disguise(model)
+
+        def run(case, scope):
+            with disguise.active() as counts:
+                args, kwargs = self_test.forward_arguments(model, case, disguise.DEVICE)
+                counts.clear()
+                with scope:
+                    out = model(*args, **kwargs)
+                out = out if isinstance(out, (list, tuple)) else [out]
+                assert all(tensor.device == disguise.DEVICE for tensor in out), "the answer has left the device"
+                error = max(relative_error(tensor.inner, whole) for tensor, whole in zip(out, references[case.name]))
+                return error, {name: dict(counter) for name, counter in vars(counts).items()}
+
+        found = {}
+        for case in cases:
+            whole_error, of_whole = run(case, contextlib.nullcontext())
+            assert whole_error < 1e-5, "the device itself"
+            found[case.name] = (*run(case, sharded(model, group)), of_whole)
+        return found
