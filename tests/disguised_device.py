@@ -72,7 +72,12 @@ class Disguised(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _run(func, args, kwargs or {})
+        return NotImplemented if _is_for_another(types) else _run(func, args, kwargs or {})
+
+
+def _is_for_another(types) -> bool:
+    """Whether another kind of tensor takes part, such as a quantised one, which does it with the tensors inside of it."""
+    return not all(kind in (torch.Tensor, torch.nn.Parameter, Disguised) for kind in types)
 
 
 def is_disguised(x: object) -> bool:
@@ -98,7 +103,7 @@ def disguise(module: torch.nn.Module) -> torch.nn.Module:
 
 class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return _run(func, args, kwargs or {})
+        return NotImplemented if _is_for_another(types) else _run(func, args, kwargs or {})
 
 
 @contextlib.contextmanager

@@ -51,7 +51,8 @@ def build_on(tensors: dict[str, Tensor], spec: ComfySpec) -> SharedWeightPatcher
     patcher = SharedWeightPatcher(
         base_model,
         load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
+        # Whatever ComfyUI's memory flags say: the host has the weights in any case, and --highvram would unload to the GPU.
+        offload_device=torch.device("cpu"),
     )
     # Not a copy of each patched layer for each strength that a hook has had.
     patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
