@@ -5,4 +5,7 @@ from pathlib import Path
 VERSION = "0.1.0"  # as in pyproject.toml, which a registry reads and a ComfyUI folder does not
 
 ROOT = Path(__file__).resolve().parent
-IMPORTABLE = ROOT / "importable"  # the folder that makes `rayltx` importable from a search path
+
+# The folders that another process has to search to import `rayltx`. None where a wheel put it beside all other packages.
+_IMPORTABLE = ROOT / "importable"
+SEARCH_PATH = (str(_IMPORTABLE),) if _IMPORTABLE.is_dir() else ()

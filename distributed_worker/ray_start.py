@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import psutil
 import ray
 
-from rayltx.about import IMPORTABLE
+from rayltx.about import SEARCH_PATH
 from rayltx.distributed_worker.gpu_pinning import without_async_allocator
 from rayltx.distributed_worker.object_store import object_store_bytes
 from rayltx.distributed_worker.request import LOCAL, ClusterRequest
@@ -77,7 +77,7 @@ def start_worker(request: ClusterRequest, gpus: tuple[str, ...], rank: int) -> r
         name: without_async_allocator(os.environ[name]) for name in _ALLOCATOR_VARIABLES if name in os.environ
     }
     # The one folder that makes `rayltx` importable, and nothing else of this repository.
-    search_path = [str(IMPORTABLE), os.environ.get("PYTHONPATH", "")]
+    search_path = [*SEARCH_PATH, os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
     resources: dict[str, float] = {"num_cpus": 0}
     if gpus:
