@@ -7,7 +7,7 @@
     |   |-- CheckpointError             a file that is missing, damaged, or not what it should be
     |   |-- InputError                  sizes, timesteps, conditioning, prompts
     |   |-- UnsupportedError            a valid request that this host or file cannot honour
-    |   `-- MissingPackageError         a package of requirements.txt is not installed
+    |   `-- MissingPackageError         a package that is needed is not installed
     |-- SelfTestError (RuntimeError)    the installed ComfyUI's model would give another picture on several ranks
     `-- ClusterError (RuntimeError)     the workers failed
         |-- RanksFailedAlike            every rank raised the same: the group is whole, and the call can be repeated

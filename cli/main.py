@@ -1,202 +1,34 @@
-"""The command itself: options, and what errors become."""
+"""The command itself: what errors become."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
 
-import typer
-from rich.console import Console
-from rich.logging import RichHandler
-
-from rayltx.about import VERSION
+from rayltx.cli import exit_codes
 from rayltx.cli.interrupts import remembered_interrupts
+from rayltx.cli.packages import missing_packages_named
 from rayltx.errors import RayLTXError, UserError
-
-if TYPE_CHECKING:
-    from rayltx.cli.cluster_options import ClusterOptions
-
-EXIT_USER_ERROR, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="LTX video models on several workers, with the picture that one gives.",
-)
-
-
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(str, Enum):
-    file = "file"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-Workers = Annotated[int, typer.Option(help="How many workers; 0: one for each GPU, or 1 without a GPU.")]
-UlyssesOption = Annotated[
-    int, typer.Option("--ulysses", help="Ulysses degree: ranks that trade tokens for heads. 0: what is left.")
-]
-RingOption = Annotated[
-    int, typer.Option("--ring", help="Ring degree: groups that pass keys and values around. 0: what is left.")
-]
-DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is a GPU.")]
-GpusOption = Annotated[str, typer.Option("--gpus", help='GPU numbers such as "0,2"; empty: the first ones.')]
-AddressOption = Annotated[str, typer.Option(help="local: start Ray here; or the address of a Ray cluster.")]
-ComfyUIOption = Annotated[
-    Optional[Path],  # noqa: UP045  (evaluated on Python 3.10)
-    typer.Option(help="The folder of a ComfyUI: run its own model instead of diffusers'."),
-]
-StoreOption = Annotated[float, typer.Option("--object-store-gb", help="Size of Ray's object store; 0: automatic.")]
-
-
-def _version(value: bool) -> None:
-    if value:
-        print(VERSION)
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what happens.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
-    logging.getLogger("rayltx").setLevel(logging.INFO if verbose else logging.WARNING)
-
-
-@app.command()
-def generate(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="An LTX .safetensors file; without one, the demo's.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help='For the demo checkpoint: "red circle right", ...')] = None,
-    conditioning: Annotated[
-        Path | None, typer.Option(help="Text conditioning, .safetensors; see the documentation.")
-    ] = None,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 192,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 192,
-    frames: Annotated[int, typer.Option(help="Pixel frames, 8k + 1.")] = 41,
-    frame_rate: Annotated[float, typer.Option(help="Frames per second.")] = 24.0,
-    steps: Annotated[int, typer.Option(help="Sampling steps on LTX's own schedule.")] = 20,
-    sigmas: Annotated[str | None, typer.Option(help='Sigmas instead of steps: "1,0.7,0.3,0".')] = None,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    workers: Workers = 0,
-    ulysses: UlyssesOption = 0,
-    ring: RingOption = 0,
-    chunks: Annotated[int, typer.Option(help="Feed-forward in so many portions; 0: automatic, 1: at once.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="Compute in this; file: as the weights are.")] = Dtype.file,
-    device: DeviceOption = Device.auto,
-    gpus: GpusOption = "",
-    address: AddressOption = "local",
-    object_store_gb: StoreOption = 0.0,
-    output: Annotated[
-        list[Path] | None,
-        typer.Option("--output", "-o", help="File to write: .mp4, .gif, .png, .safetensors. May be repeated."),
-    ] = None,
-    comfyui: ComfyUIOption = None,
-    verify: Annotated[bool, typer.Option(help="Sample again on one worker, and print the difference.")] = False,
-) -> None:
-    """Generate a clip."""
-    from rayltx.cli.generate import GenerateOptions, run_generate
-
-    run_generate(
-        GenerateOptions(
-            checkpoint=checkpoint, prompt=prompt, conditioning=conditioning, width=width, height=height, frames=frames,
-            frame_rate=frame_rate, steps=steps, sigmas=sigmas, cfg=cfg, seed=seed, chunks=chunks, dtype=dtype.value,
-            outputs=output or [Path("output/rayltx.mp4")], verify=verify, comfyui=comfyui,
-            cluster=_cluster_options(workers, ulysses, ring, device, gpus, address, object_store_gb),
-        )
-    )  # fmt: skip
-
-
-@app.command()
-def info(
-    file: Annotated[Path, typer.Argument(help="A checkpoint.")],
-    width: Annotated[int, typer.Option(help="For the estimate of memory.")] = 1280,
-    height: Annotated[int, typer.Option(help="For the estimate of memory.")] = 704,
-    frames: Annotated[int, typer.Option(help="For the estimate of memory.")] = 121,
-) -> None:
-    """Say what a file is, what it needs, and which degrees fit."""
-    from rayltx.cli.info import run_info
-
-    run_info(file, width, height, frames)
-
-
-@app.command()
-def check(
-    workers: Annotated[int, typer.Option(help="The most workers to check.")] = 4,
-    device: DeviceOption = Device.auto,
-    gpus: GpusOption = "",
-    model: Annotated[
-        list[str] | None, typer.Option(help="LTX-Video, LTX-2, LTX-2.3 or LTX-2.5; may be repeated.")
-    ] = None,
-    comfyui: ComfyUIOption = None,
-) -> None:
-    """Print the exactness table: every model, rank count and mask against one process, on this machine."""
-    from rayltx.cli.check import run_check
-
-    exact = run_check(_cluster_options(workers, 0, 0, device, gpus, "local", 0.0), model or [], comfyui)
-    if not exact:
-        raise typer.Exit(EXIT_FAILURE)
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="A .safetensors or .gguf file.")],
-    target: Annotated[Path, typer.Argument(help="The file to write: .gguf or .safetensors.")],
-    type: Annotated[
-        str | None,
-        typer.Option(
-            "--type",
-            help="Q8_0, Q4_0, F16, ... for .gguf; float32, float16, bfloat16 for .safetensors. Without: unrounded.",
-        ),
-    ] = None,
-) -> None:
-    """Convert between safetensors and GGUF, with all metadata."""
-    from rayltx.cli.convert import run_convert
-
-    run_convert(source, target, type)
-
-
-def _cluster_options(
-    workers: int, ulysses: int, ring: int, device: Device, gpus: str, address: str, object_store_gb: float
-) -> ClusterOptions:
-    from rayltx.cli.cluster_options import ClusterOptions  # imports torch: not before the arguments are understood
-
-    return ClusterOptions(workers, ulysses, ring, device.value, gpus, address, object_store_gb)
 
 
 def main() -> None:
     """Run the command. Exit code 2 for what the user can mend, 1 for what failed, with one message each."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about a future default of Ray
+    subcommand = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "the command")
     try:
-        with remembered_interrupts():
+        with remembered_interrupts(), missing_packages_named(subcommand):
+            from rayltx.cli.commands import app  # not at the top: without typer there are no options, but a message
+
             app()
     except UserError as error:
         print(f"rayltx: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(exit_codes.USER_ERROR)
     except RayLTXError as error:
         print(f"rayltx: {type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILURE)
+        sys.exit(exit_codes.FAILURE)
     except KeyboardInterrupt:
         print("rayltx: interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(exit_codes.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -5,27 +5,31 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rayltx.cli.packages import require_packages
 from rayltx.errors import InputError
 from rayltx.whole_files import appearing_whole
 
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
 LATENT_SUFFIX = ".safetensors"
 PIXEL_SUFFIXES = (".mp4", ".gif", ".png")
+_MODULES = {".mp4": ("imageio", "av"), ".gif": ("imageio", "PIL"), ".png": ("PIL",)}  # that write such a file
 _SHEET_FRAMES = 12
 _SHEET_COLUMNS = 6
 _GAP = 4  # pixels between the frames of a sheet
 
 
 def check_outputs(paths: list[Path], has_pixels: bool) -> None:
-    """Raises InputError for names that cannot be written, before anything is computed."""
+    """Raises InputError and MissingPackageError for what cannot be written, before anything is computed."""
     for path in paths:
         if path.suffix.lower() not in (*PIXEL_SUFFIXES, LATENT_SUFFIX):
             raise InputError(f"output {path}: must end with {', '.join(PIXEL_SUFFIXES)} or {LATENT_SUFFIX}")
@@ -34,6 +38,7 @@ def check_outputs(paths: list[Path], has_pixels: bool) -> None:
                 f"output {path}: this checkpoint's latents become pixels through its VAE, which is not run here; write "
                 "a .safetensors latent, and decode it in ComfyUI"
             )
+        require_packages(_MODULES.get(path.suffix.lower(), ()), f"output {path}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path.parent):
@@ -60,10 +65,14 @@ def write_output(
 
 
 def _write_pixels(path: Path, frames: np.ndarray, frame_rate: float, about: dict[str, str]) -> None:
+    """frames: (F, H, W, 3) uint8."""
     suffix = path.suffix.lower()
     if suffix == ".png":
         contact_sheet(frames).save(path, pnginfo=_png_text(about))
-    elif suffix == ".gif":
+        return
+    import imageio.v3 as iio
+
+    if suffix == ".gif":
         # GIF counts time in hundredths of a second.
         duration_ms = max(10 * round(100.0 / frame_rate), 20)
         iio.imwrite(path, frames, duration=duration_ms, loop=0)
@@ -73,6 +82,8 @@ def _write_pixels(path: Path, frames: np.ndarray, frame_rate: float, about: dict
 
 def contact_sheet(frames: np.ndarray) -> Image.Image:
     """Frames (F, H, W, 3) uint8 at even intervals, first and last included, in rows."""
+    from PIL import Image
+
     count = min(_SHEET_FRAMES, len(frames))
     chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
     columns = min(_SHEET_COLUMNS, count)
@@ -87,6 +98,8 @@ def contact_sheet(frames: np.ndarray) -> Image.Image:
 
 
 def _png_text(about: dict[str, str]) -> PngInfo:
+    from PIL.PngImagePlugin import PngInfo
+
     text = PngInfo()
     text.add_text("rayltx", json.dumps(about))
     return text

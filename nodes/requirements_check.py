@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 from rayltx.about import ROOT
 from rayltx.errors import MissingPackageError
+from rayltx.missing_packages import not_found, pip_install
 
 _MODULES = ("ray", "gguf", "safetensors", "numpy", "psutil")
 
 
 def require_packages() -> None:
     """Raises MissingPackageError with the command that installs what is missing."""
-    missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
+    missing = not_found(_MODULES)
     if missing:
+        requirements = ROOT / "requirements.txt"
         raise MissingPackageError(
             f"RayLTX needs {', '.join(missing)}, which ComfyUI's Python lacks. Install with:\n"
-            f'"{sys.executable}" -m pip install -r "{ROOT / "requirements.txt"}"\nand start ComfyUI again'
+            + pip_install(f'-r "{requirements}"')
+            + "\nand start ComfyUI again"
         )

@@ -174,7 +174,7 @@ def test_importing_does_nothing():
     code = """
 import os, sys
 before = dict(os.environ)
-import rayltx.distributed_worker.cluster, rayltx.cli.main, rayltx.diffusion_models.lightricks.diffusers_host
+import rayltx.distributed_worker.cluster, rayltx.cli.commands, rayltx.diffusion_models.lightricks.diffusers_host
 import rayltx.demo.pixels, ray
 changed = {k for k in os.environ if os.environ[k] != before.get(k)} - {"KMP_DUPLICATE_LIB_OK"}
 changed = {k for k in changed if not k.startswith(("KMP_", "RAY_", "TORCHINDUCTOR_"))}

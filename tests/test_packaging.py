@@ -1,6 +1,7 @@
 """A wheel of this folder, installed alone, is the command."""
 
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -109,3 +110,36 @@ def test_the_command_of_a_wheel_runs_from_any_folder(installed, tmp_path):
     small = ("--steps", 1, "--frames", 9, "--width", 64, "--height", 64, "--cfg", 1)
     succeed(command, "generate", "--device", "cpu", "--workers", 2, *small, "-o", "clip.safetensors", cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["clip.safetensors"]
+
+
+def test_a_wheel_names_itself_in_what_to_install(installed):
+    code = "import sys; sys.modules['typer'] = None; from rayltx.cli.main import main; main()"
+    done = run(installed / "bin" / "python", "-c", code, "info", "x.safetensors")
+    assert done.returncode == 2 and f'"{installed}/bin/python" -m pip install "rayltx[cli]"\n' in done.stderr, (
+        done.stderr
+    )
+
+
+@pytest.mark.slow
+def test_a_wheel_alone_in_an_empty_environment_says_what_to_install_and_then_runs(wheel, tmp_path):
+    """Downloads torch, Ray and the rest."""
+    environment, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    succeed(sys.executable, "-m", "venv", "--without-pip", environment)
+    pip("install", "--constraint", ROOT / "constraints.txt", wheel, into=environment)
+    command = environment / "bin" / "rayltx"
+    demo = next(environment.glob("lib/python*/site-packages/rayltx/demo/shapes.safetensors"))
+    for arguments in (["info", demo], ["check"], ["generate"], ["convert", demo, "a.gguf"], ["--help"]):
+        done = run(command, *arguments, cwd=elsewhere)
+        assert done.returncode == 2 and "needs typer, torch, " in done.stderr, done.stderr
+    asked_for = re.findall(r'-m pip install "?([^"\n]+)', done.stderr)
+    assert asked_for == ["rayltx[cli]", "torch"]
+
+    pip("install", "--constraint", ROOT / "constraints.txt", *asked_for, into=environment)
+    assert "LTX-Video transformer" in succeed(command, "info", demo, cwd=elsewhere)
+    checked = succeed(command, "check", "--model", "LTX-Video", "--workers", 2, "--device", "cpu", cwd=elsewhere)
+    assert "1 x 2" in checked and "NOT EXACT" not in checked
+    small = ("--steps", 1, "--frames", 9, "--width", 64, "--height", 64, "--cfg", 1)
+    for output in ("clip.mp4", "clip.gif", "clip.png"):
+        succeed(command, "generate", "--device", "cpu", "--workers", 1, *small, "-o", output, cwd=elsewhere)
+        assert (elsewhere / output).stat().st_size > 0
