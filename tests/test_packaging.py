@@ -1,4 +1,4 @@
-"""A wheel of this folder, installed alone, is the command."""
+"""A wheel of this folder, installed alone, is the command; and what ComfyUI's registry reads is complete."""
 
 import os
 import re
@@ -10,6 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10; pytest brings this one there
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE_THE_PACKAGE = ("tests/", "benchmarks/", "scripts/", "importable/", "setup.py")
@@ -143,3 +148,32 @@ def test_a_wheel_alone_in_an_empty_environment_says_what_to_install_and_then_run
     for output in ("clip.mp4", "clip.gif", "clip.png"):
         succeed(command, "generate", "--device", "cpu", "--workers", 1, *small, "-o", output, cwd=elsewhere)
         assert (elsewhere / output).stat().st_size > 0
+
+
+# ---- what ComfyUI's registry and manager read, as comfy-cli's `registry/config_parser.py` reads it
+
+
+@pytest.fixture(scope="module")
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_registry_lists_the_packages_that_the_manager_installs(pyproject):
+    """The one reads a static list in pyproject.toml, the other requirements.txt."""
+    assert "dynamic" not in pyproject["project"]
+    assert pyproject["project"]["dependencies"] == (ROOT / "requirements.txt").read_text().split()
+
+
+def test_the_registry_can_read_every_field(pyproject):
+    project, comfy = pyproject["project"], pyproject["tool"]["comfy"]
+    assert re.fullmatch(r"[a-z][a-z0-9]*([-_.][a-z0-9]+)*", project["name"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert project["license"] == "Apache-2.0" and project["description"] and project["requires-python"]
+    # One that it does not know makes it drop all of its kind.
+    accelerators = {name for name in project["classifiers"] if name.startswith("Environment ::")}
+    assert accelerators == {"Environment :: GPU :: NVIDIA CUDA"}
+    systems = {name for name in project["classifiers"] if name.startswith("Operating System ::")}
+    assert systems == {"Operating System :: POSIX :: Linux"}
+    assert comfy["PublisherId"] and comfy["DisplayName"]
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    assert "web" not in comfy  # __init__.py names it: ComfyUI would load it twice
