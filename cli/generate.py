@@ -23,6 +23,7 @@ from rayltx.cli.outputs import check_outputs, write_output
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.diffusion_models.lightricks.sampling import initial_noise, parse_sigmas, sample, schedule
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import ClusterRequest
@@ -203,7 +204,7 @@ def _sample(
         alone, seconds = timed(ParallelConfig())
         console.print(f"the same on 1 worker: {seconds:.1f} s")
         for name, latent in latents.items():
-            difference = ((latent.double() - alone[name].double()).norm() / alone[name].double().norm()).item()
+            difference = relative_error(latent, alone[name])
             print(
                 f"{name}: {_describe(config)} differ from 1 worker by {difference:.2e} (norm of the difference / norm)"
             )

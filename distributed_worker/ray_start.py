@@ -76,7 +76,7 @@ def start_worker(request: ClusterRequest, gpus: tuple[str, ...], rank: int) -> r
     environment = {
         name: without_async_allocator(os.environ[name]) for name in _ALLOCATOR_VARIABLES if name in os.environ
     }
-    # The one folder that makes `rayltx` importable, and nothing else of this repository.
+    # The one folder that makes `rayltx` importable, and nothing else of this repository; none if a wheel is installed.
     search_path = [*SEARCH_PATH, os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
     resources: dict[str, float] = {"num_cpus": 0}
