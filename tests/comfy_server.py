@@ -9,12 +9,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 import uuid
 from pathlib import Path
+
+from bound_processes import bound_to_this_process
 
 ROOT = Path(__file__).resolve().parents[1]
 PACK_FOLDER = "Ray LTX (odd name)"
@@ -47,19 +48,6 @@ def install_pack(custom_nodes: Path) -> Path:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target / name)
     return target
-
-
-# A test run that is ended by a signal runs no fixture's end. Linux then tells its child, PR_SET_PDEATHSIG being 1.
-_BOUND = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGINT)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-
-
-def bound_to_this_process(*arguments: str) -> list[str]:
-    """A Python's command that is interrupted when the thread that started it ends, for whatever reason."""
-    return [sys.executable, "-c", _BOUND, *arguments]
 
 
 class Server:

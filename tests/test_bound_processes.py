@@ -1,4 +1,4 @@
-"""The tests' own server process."""
+"""What tests start ends with the run, however that ends."""
 
 import signal
 import subprocess
@@ -10,14 +10,14 @@ TESTS = str(Path(__file__).parent)
 SCRIPT = f"""
 import subprocess, sys, time
 sys.path.insert(0, {TESTS!r})
-from comfy_server import bound_to_this_process
+from bound_processes import bound_to_this_process
 child = "import time; print('child', flush=True); time.sleep(600)"
 subprocess.Popen(bound_to_this_process("-c", child), start_new_session=True)
 time.sleep(600)
 """
 
 
-def test_a_server_ends_with_a_test_run_that_is_killed():
+def test_a_bound_process_ends_with_a_run_that_is_killed():
     run = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert run.stdout.readline() == b"child\n"
     run.send_signal(signal.SIGKILL)
