@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import psutil
 import torch
+import torch.distributed
 
 from rayltx.errors import DeviceError
 
 CPU = "cpu"
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,27 @@ class DeviceKind:
         return visible_devices(
             next((environment[name] for name in variables if name in environment), None), self.count()
         )
+
+    def names(self) -> tuple[str, ...]:
+        """What the devices are called that this process can use, in the order of `visible`."""
+        if self.name == CPU:
+            return ("CPU",)
+        return tuple(self._module.get_device_name(index) for index in range(self.count()))
+
+    def description(self) -> str:
+        """The first device that this process can use, and what it computes and talks with: changes if either does."""
+        if self.name == CPU:
+            return "CPU"
+        properties = self._module.get_device_properties(0)
+        told = [properties.name]
+        told += [f"{name} {getattr(properties, name)}" for name in ("major", "minor") if hasattr(properties, name)]
+        toolkits = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
+        told += [f"{name} {version}" for name, version in toolkits.items() if version]
+        if _NVIDIA_DRIVER.is_file():
+            told.append(_NVIDIA_DRIVER.read_text().splitlines()[0])
+        if self.collectives == "nccl" and torch.distributed.is_nccl_available():
+            told.append(f"nccl {torch.cuda.nccl.version()}")
+        return ", ".join(told)
 
     def pinned_to(self, device: str) -> dict[str, str]:
         """The environment of a process that may use this one of the `visible` devices alone."""

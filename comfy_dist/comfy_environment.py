@@ -59,6 +59,7 @@ def enter(environment: ComfyEnvironment, device: str) -> None:
     for name, value in environment.arguments.items():
         setattr(args, name, value)
     args.cpu = device == "cpu"
+    args.cuda_malloc = False  # a worker's allocator is torch's own, which ComfyUI's buffers depend on
     # Pinning pages of the object store is not known to work, and needs no trying: the copy to the GPU is once.
     args.disable_pinned_memory = True
     if environment.folders:

@@ -10,8 +10,9 @@ Letters in shapes: B batch, F, H, W latent frames, rows, columns, N = F H W vide
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,7 +206,7 @@ def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: 
     mean nothing. Collective.
     """
     errors: dict[str, float | str] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), ieee_float32():
         for case in cases_for(model):
             whole = call(model, case, device)
             try:
@@ -217,6 +218,22 @@ def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: 
             assert len(whole) == len(in_shards)
             errors[case.name] = max(map(relative_error, in_shards, whole))
     return errors
+
+
+@contextlib.contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Multiply float32 as float32, whatever was chosen: TF32 has ten bits, and its rounding would hide what is looked for.
+
+    ComfyUI's --fast and some containers choose it (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1).
+    """
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def check_errors(errors: Mapping[str, float | str], about: str) -> None:

@@ -10,6 +10,7 @@ import ray
 import torch
 
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.distributed_worker.machine_checks import check_machine
 from rayltx.distributed_worker.messages import Refer, SentTensors
 from rayltx.distributed_worker.object_store import StoreBudget, object_store_bytes
 from rayltx.distributed_worker.rank_group import RankGroup
@@ -48,9 +49,9 @@ class Cluster:
         current = cls._current
         if current is not None and current.request == request and current.is_alive():
             return current
-        request.gpus()
+        check_machine(request)
         if request.address == LOCAL:
-            object_store_bytes(request.object_store_bytes)
+            object_store_bytes(request.object_store_bytes, request.kept_shared_memory)
         if current is not None:
             current.shutdown()
         cls._current = cls(request)

@@ -20,8 +20,12 @@ _SHARE_OF_MEMORY = 0.6
 STEP_RESERVE_BYTES = 512 * 2**20
 
 
-def object_store_bytes(requested: int, shared_memory_free: int | None = None, memory: int | None = None) -> int:
+def object_store_bytes(
+    requested: int, kept_free: int = 0, shared_memory_free: int | None = None, memory: int | None = None
+) -> int:
     """Size of the object store in bytes.
+
+    kept_free: bytes of shared memory that others need.
 
     requested: 0 chooses nine tenths of what is free in shared memory, and at most six tenths of the machine's memory.
     The store takes memory as it fills, not when it is made, so a large one costs nothing.
@@ -31,6 +35,7 @@ def object_store_bytes(requested: int, shared_memory_free: int | None = None, me
         shared_memory_free = (
             shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else psutil.virtual_memory().available
         )
+    shared_memory_free = max(0, shared_memory_free - kept_free)
     if memory is None:
         memory = psutil.virtual_memory().total
     if requested:
@@ -42,7 +47,7 @@ def object_store_bytes(requested: int, shared_memory_free: int | None = None, me
         if requested > shared_memory_free:
             raise DeviceError(
                 f"an object store of {requested / 2**30:.2f} GiB does not fit into shared memory: {SHARED_MEMORY} has "
-                f"{shared_memory_free / 2**30:.2f} GiB free; ask for less, use 0 to choose automatically, or enlarge "
+                f"{shared_memory_free / 2**30:.2f} GiB free for it; ask for less, use 0 to choose automatically, or enlarge "
                 f"{SHARED_MEMORY} (in a container: --shm-size)"
             )
         return requested

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0  # for everything that is not a step
 _PING_TIMEOUT_S = 5.0
+_COLLECTIVE_TIMEOUT = 1.5  # of a step's limit
 
 _Result = TypeVar("_Result")
 
@@ -172,7 +173,8 @@ class RankGroup:
         # All at once: taking a group's communicators apart may wait for every rank of it.
         self.run_on(self.all_ranks, ask(Worker.leave), "leaving the group")
         meeting_point = self.run_on([0], ask(Worker.open_store, self._request.group_address), "forming the group")[0]
-        timeout_s = self._request.step_timeout_s
+        # Longer than a step may take: of a rank that hangs, this process is to hear first, and says which it is.
+        timeout_s = _COLLECTIVE_TIMEOUT * self._request.step_timeout_s
         joining = {rank: ask(Worker.join, rank, config, meeting_point, timeout_s) for rank in range(config.world_size)}
         self.run(joining, "forming the group")
         self._config = config

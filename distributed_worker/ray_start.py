@@ -44,7 +44,7 @@ def connect(request: ClusterRequest) -> RayConnection:
     if request.address != LOCAL:
         ray.init(address=request.address, log_to_driver=False, logging_level=logging.ERROR, namespace=request.namespace)
         return RayConnection(_store_bytes_of_cluster(), is_ours=True)
-    store_bytes = object_store_bytes(request.object_store_bytes)
+    store_bytes = object_store_bytes(request.object_store_bytes, request.kept_shared_memory)
     host, _, port = request.dashboard.rpartition(":")
     dashboard = {"dashboard_host": host, "dashboard_port": int(port)} if host else {}
     ray.init(

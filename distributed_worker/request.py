@@ -14,6 +14,7 @@ from rayltx.distributed_worker.messages import Refer
 from rayltx.errors import DeviceError, ParallelConfigError
 
 LOCAL = "local"  # the address of the Ray that is started here
+_COLLECTIVES_BYTES = 2**30
 DIFFUSERS_HOST = "rayltx.diffusion_models.lightricks.diffusers_host:DiffusersHost"
 
 
@@ -54,6 +55,11 @@ class ClusterRequest:
     @property
     def on_cpu(self) -> bool:
         return self.device == CPU
+
+    @property
+    def kept_shared_memory(self) -> int:
+        """Bytes of shared memory that the workers need besides the object store: NCCL moves data through it."""
+        return _COLLECTIVES_BYTES if self.workers > 1 and not self.on_cpu else 0
 
     def gpus(self) -> tuple[str, ...]:
         """Which GPU of this process each worker started here gets; () on the CPU and in another machine's cluster.

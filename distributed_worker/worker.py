@@ -37,6 +37,7 @@ class WorkerInfo:
     hostname: str
     device: str
     device_memory_bytes: int
+    device_description: str  # see `DeviceKind.description`
 
 
 def import_dotted(path: str) -> Any:
@@ -74,7 +75,9 @@ class Worker:
         if bootstrap is not None:
             import_dotted(bootstrap.function)(bootstrap.payload, self._device.name)
         import_dotted(host_path)
-        return WorkerInfo(os.getpid(), socket.gethostname(), self._device.name, self._device.total_bytes())
+        return WorkerInfo(
+            os.getpid(), socket.gethostname(), self._device.name, self._device.total_bytes(), self._device.description()
+        )
 
     @individual
     def memory(self) -> int:

@@ -14,6 +14,7 @@ from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.devices import CPU, KINDS, kind_of
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
+from rayltx.distributed_worker.machine_checks import check_machine
 from rayltx.distributed_worker.request import LOCAL, ClusterRequest
 from rayltx.errors import DeviceError, InputError, ParallelConfigError, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -83,7 +84,7 @@ class InitializerSettings:
             dashboard=self._dashboard(),
             group_address=self._group_address(),
         )
-        request.gpus()
+        check_machine(request)
         return Placement(request, config, self.clear_vram_after_sampling)
 
     def _refuse_what_is_not_here(self) -> None:

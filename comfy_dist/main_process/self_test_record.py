@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rayltx.comfy_dist.model_spec import ComfySpec
 from rayltx.comfy_dist.self_test import check_errors
 from rayltx.distributed_worker.rank_group import START_TIMEOUT_S
 from rayltx.distributed_worker.remote_model import RemoteModel
+from rayltx.distributed_worker.worker import WorkerInfo
 from rayltx.distributed_worker.worker_calls import ask_together
 from rayltx.errors import RanksDisagree, RanksFailedAlike
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -28,17 +30,23 @@ from rayltx.whole_files import appearing_whole
 
 logger = logging.getLogger(__name__)
 
+_COLLECTIVES_VARIABLES = ("NCCL_", "TORCH_NCCL_")
+_KERNEL_WORDS = ("attention", "fast", "fp8", "fp16", "bf16", "fp32", "fp64", "deterministic")
 
-def prove_seam(remote: RemoteModel, placement: Placement, spec: ComfySpec, base_model: BaseModel) -> None:
+
+def prove_seam(
+    remote: RemoteModel, placement: Placement, workers: Sequence[WorkerInfo], spec: ComfySpec, base_model: BaseModel
+) -> None:
     """Try the seam on the ranks that will use it, unless it has passed there before.
 
+    workers: all of the cluster, by rank.
     Raises SelfTestError if a tiny model of this class and configuration gives something else on these ranks than alone.
     """
     config = placement.config
     if config.world_size == 1:
         return
     about = f"ComfyUI {spec.version}, {spec.model_version}"
-    key = verdict_key(spec, base_model, config, placement.request.device)
+    key = verdict_key(spec, base_model, placement, workers)
     passed = _read()
     if key in passed:
         return
@@ -62,18 +70,36 @@ def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float |
     return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, repeats=0)
 
 
-def verdict_key(spec: ComfySpec, base_model: BaseModel, config: ParallelConfig, device: str) -> str:
-    """Changes with anything that the verdict could depend on: ComfyUI's code, ours, torch, the model, the degrees."""
+def verdict_key(spec: ComfySpec, base_model: BaseModel, placement: Placement, workers: Sequence[WorkerInfo]) -> str:
+    """Changes with anything that the verdict could depend on.
+
+    That is ComfyUI's code, ours, torch, the model, the degrees; the ranks' devices, with what drives them and lets them talk;
+    and what was asked of ComfyUI's kernels and of NCCL.
+    """
+    config = placement.config
     model_class = next(c for c in type(base_model.diffusion_model).__mro__ if c.__module__.startswith("comfy."))
     folder = Path(sys.modules[model_class.__module__].__file__ or "").parent
     digest = hashlib.sha256()
     folders = (folder, folder.parent / "modules", ROOT / "diffusion_models" / "lightricks", ROOT / "sequence_parallel")
-    for source in (path for part in folders for path in sorted(part.glob("*.py"))):
+    sources = [path for part in folders for path in sorted(part.glob("*.py"))]
+    for source in (*sources, ROOT / "comfy_dist" / "self_test.py"):
         digest.update(source.read_bytes())
     unet_config = {k: v for k, v in base_model.model_config.unet_config.items() if k != "dtype"}
-    rest = (spec.version, VERSION, torch.__version__, device, model_class.__name__, _as_text(unet_config))
-    digest.update(json.dumps([*rest, config.ulysses_degree, config.ring_degree]).encode())
+    devices = [worker.device_description for worker in workers[: config.world_size]]
+    rest = (
+        spec.version, VERSION, torch.__version__, model_class.__name__, _as_text(unet_config), config.ulysses_degree,
+        config.ring_degree, devices, _kernel_arguments(placement),
+        sorted((name, value) for name, value in os.environ.items() if name.startswith(_COLLECTIVES_VARIABLES)),
+    )  # fmt: skip
+    digest.update(json.dumps(rest).encode())
     return f"{spec.version}-{digest.hexdigest()[:24]}"
+
+
+def _kernel_arguments(placement: Placement) -> str:
+    """Of the arguments of the workers' ComfyUI, those that choose kernels and precisions."""
+    bootstrap = placement.request.bootstrap
+    arguments = getattr(bootstrap.payload, "arguments", {}) if bootstrap is not None else {}
+    return _as_text({name: value for name, value in arguments.items() if any(word in name for word in _KERNEL_WORDS)})
 
 
 def _as_text(config: Mapping[str, object]) -> str:

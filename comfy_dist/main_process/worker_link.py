@@ -110,7 +110,7 @@ class WorkerLink:
             self._sent_hooks.clear()
         self.placement = placement
         if self._proved != (cluster, placement.config):
-            prove_seam(self.remote, placement, self.spec, self.base_model)
+            prove_seam(self.remote, placement, cluster.workers(), self.spec, self.base_model)
             self._proved = (cluster, placement.config)
 
     # ---- hooks

@@ -134,6 +134,7 @@ class ComfyModel(ComfyHost):
                 if self._base is not None and loaded.model is not None and loaded.model.is_clone(self._base):
                     loaded.model_unload()
                     management.current_loaded_models.remove(loaded)
+            management.reset_cast_buffers()  # what weights were streamed through
             management.soft_empty_cache()
             self._loaded_for = None
 

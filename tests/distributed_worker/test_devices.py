@@ -2,9 +2,10 @@
 
 import pytest
 
-from rayltx.devices import visible_devices
+from rayltx.devices import DeviceKind, visible_devices
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.gpu_pinning import assign_gpus, parse_gpu_indices, without_async_allocator
+from rayltx.distributed_worker.machine_checks import check_machine
 from rayltx.distributed_worker.object_store import MIN_BYTES, fits_object_store, object_store_bytes
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError
@@ -54,6 +55,56 @@ def test_a_request_for_missing_gpus_starts_nothing():
     assert Cluster.current() is before
 
 
+@pytest.fixture
+def cards(monkeypatch):
+    """cards(names, variable) pretends that these GPUs are here, with a torch that has NCCL."""
+
+    def pretend(*names, visible=None):
+        monkeypatch.setattr(DeviceKind, "count", lambda kind: len(names))
+        monkeypatch.setattr(DeviceKind, "names", lambda kind: names)
+        monkeypatch.setattr("torch.distributed.is_backend_available", lambda backend: True)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    return pretend
+
+
+def test_one_card_for_two_workers_is_refused(cards):
+    cards("RTX 4090", "RTX 4090", visible="0,0")
+    with pytest.raises(DeviceError, match="CUDA_VISIBLE_DEVICES names GPU 0 twice: each worker needs its own"):
+        check_machine(ClusterRequest(workers=2, device="cuda"))
+
+
+@pytest.mark.parametrize("names, visible", [(("A100", "A100"), "MIG-1,MIG-2"), (("A100 MIG 1g.5gb",) * 2, None)])
+def test_slices_of_a_card_are_refused(cards, names, visible):
+    cards(*names, visible=visible)
+    with pytest.raises(DeviceError, match=r"slices of a card \(MIG\) cannot talk.*turn MIG off"):
+        check_machine(ClusterRequest(workers=2, device="cuda"))
+    check_machine(ClusterRequest(workers=1, device="cuda"))
+
+
+def test_cards_that_differ_are_named_in_a_warning(cards, caplog):
+    cards("RTX 4090", "RTX 3090", "RTX 4090")
+    check_machine(ClusterRequest(workers=2, device="cuda", gpu_indices=(0, 2)))
+    assert not caplog.text
+    check_machine(ClusterRequest(workers=2, device="cuda"))
+    assert "the GPUs differ (RTX 4090, RTX 3090)" in caplog.text
+
+
+def test_a_torch_without_nccl_is_refused(cards, monkeypatch):
+    cards("RTX 4090", "RTX 4090")
+    monkeypatch.setattr("torch.distributed.is_backend_available", lambda backend: False)
+    with pytest.raises(DeviceError, match="GPU=2: this torch has no nccl"):
+        check_machine(ClusterRequest(workers=2, device="cuda"))
+    check_machine(ClusterRequest(workers=1, device="cuda"))
+
+
+def test_native_windows_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(DeviceError, match="on Windows within WSL2"):
+        Cluster.start(ClusterRequest(workers=1))
+
+
 def test_comfyuis_allocator_does_not_reach_the_workers_but_other_settings_do():
     assert without_async_allocator("backend:cudaMallocAsync") == ""
     assert without_async_allocator("backend:cudaMallocAsync,expandable_segments:True") == "expandable_segments:True"
@@ -64,6 +115,14 @@ def test_automatic_store_size_keeps_within_shared_memory_and_memory():
     assert object_store_bytes(0, shared_memory_free=10 * GIB, memory=100 * GIB) == 9 * GIB
     assert object_store_bytes(0, shared_memory_free=100 * GIB, memory=100 * GIB) == 60 * GIB
     assert object_store_bytes(0, shared_memory_free=64 * 2**20, memory=100 * GIB) == MIN_BYTES
+
+
+def test_gpus_that_talk_through_shared_memory_find_room_in_it():
+    request = ClusterRequest(workers=2, device="cuda")
+    assert request.kept_shared_memory == GIB and ClusterRequest(workers=2).kept_shared_memory == 0
+    assert object_store_bytes(0, GIB, shared_memory_free=11 * GIB, memory=100 * GIB) == 9 * GIB
+    with pytest.raises(DeviceError, match=r"8.00 GiB does not fit.*7.50 GiB free for it"):
+        object_store_bytes(8 * GIB, GIB, shared_memory_free=int(8.5 * GIB), memory=100 * GIB)
 
 
 def test_a_store_that_shared_memory_cannot_hold_is_refused():
