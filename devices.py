@@ -32,6 +32,8 @@ class DeviceKind:
     visible_variable: str  # of the environment: which devices a process may use; "": it has no choice
     # These choose among the visible ones once more, where they are set: a worker must not inherit them.
     overriding_variables: tuple[str, ...] = ()
+    # What keeps devices from copying to each other's memory, in the environment of a process that starts.
+    peer_to_peer_off: tuple[tuple[str, str], ...] = ()
 
     @property
     def _module(self) -> ModuleType:
@@ -79,6 +81,12 @@ class DeviceKind:
             return psutil.virtual_memory().total
         return self._module.get_device_properties(0).total_memory
 
+    def free_bytes(self) -> int:
+        """Of the memory of the first device that this process can use; of the machine, for the CPU."""
+        if self.name == CPU:
+            return psutil.virtual_memory().available
+        return self._module.mem_get_info(0)[0]
+
     def memory_report(self) -> str:
         """What is known of the first device's memory, for messages; "" for the CPU."""
         if self.name == CPU:
@@ -95,10 +103,9 @@ class DeviceKind:
 
 
 def _cuda() -> DeviceKind:
-    if torch.version.hip is not None:
-        # HIP_VISIBLE_DEVICES chooses among what ROCR_VISIBLE_DEVICES leaves, and wins over CUDA_VISIBLE_DEVICES.
-        return DeviceKind("cuda", "nccl", "CUDA_VISIBLE_DEVICES", ("HIP_VISIBLE_DEVICES",))
-    return DeviceKind("cuda", "nccl", "CUDA_VISIBLE_DEVICES")
+    # HIP_VISIBLE_DEVICES chooses among what ROCR_VISIBLE_DEVICES leaves, and wins over CUDA_VISIBLE_DEVICES.
+    overriding = () if torch.version.hip is None else ("HIP_VISIBLE_DEVICES",)
+    return DeviceKind("cuda", "nccl", "CUDA_VISIBLE_DEVICES", overriding, (("NCCL_P2P_DISABLE", "1"),))
 
 
 KINDS = {

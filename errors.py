@@ -14,7 +14,8 @@
         |-- OutOfMemory                 a device's memory ran out on some rank: nobody is replaced, less may be asked for
         |-- RanksDisagree               some ranks raised and others did not: the group's collectives are out of step
         |-- WorkerDied                  a process is gone
-        `-- WorkerStuck                 a rank did not answer in time
+        |-- WorkerStuck                 a rank did not answer in time
+        `-- ExchangeError               other bytes came from a rank than were sent
 
 Each keeps its constructor's one argument, the message, in `args`, so that all survive pickling: a class whose
 constructor wants more arrives from Ray as `UnserializableException`, past every `except` that was meant for it.
@@ -81,3 +82,7 @@ class WorkerDied(ClusterError):
 
 class WorkerStuck(ClusterError):
     pass
+
+
+class ExchangeError(ClusterError):
+    """The message names the rank, and the kind of message."""

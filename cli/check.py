@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from rayltx.cli.cluster_options import ClusterOptions
+from rayltx.cli.packages import require_packages
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
 from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
@@ -45,6 +46,7 @@ def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None
     request, _ = options.resolve()
     if comfyui is None:
         _check_versions(versions)
+        require_packages(("diffusers",), "check")
     configs = degrees_up_to(request.workers)
     title = f"ComfyUI at {comfyui}" if comfyui else "diffusers"
     table = Table(

@@ -68,6 +68,13 @@ def enter(environment: ComfyEnvironment, device: str) -> None:
             folder_paths.folder_names_and_paths[name] = (list(paths), set(endings))
 
 
+def user_folder() -> Path:
+    """Where what RayLTX remembers lies, in ComfyUI's user directory."""
+    import folder_paths
+
+    return Path(folder_paths.get_user_directory()) / "rayltx"
+
+
 def comfyui_version() -> str:
     return importlib.import_module("comfyui_version").__version__
 

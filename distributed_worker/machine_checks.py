@@ -39,9 +39,7 @@ def _check_cards(request: ClusterRequest, gpus: tuple[str, ...]) -> None:
         raise DeviceError(
             f"{request.kind.visible_variable} names GPU {', '.join(shared)} twice: each worker needs its own; name each once"
         )
-    names = request.kind.names()
-    visible = request.kind.visible()
-    chosen = [names[visible.index(gpu)] for gpu in gpus]
+    chosen = request.gpu_names()
     slices = [f"{gpu} ({name})" for gpu, name in zip(gpus, chosen) if gpu.startswith("MIG-") or " MIG " in name]
     if slices:
         raise DeviceError(

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import ray
 
+from rayltx.distributed_worker.machine_record import MachineRecord
 from rayltx.distributed_worker.outcomes import is_gone, results, wait_for_outcomes
 from rayltx.distributed_worker.request import ClusterRequest
-from rayltx.distributed_worker.worker import Worker, WorkerInfo
+from rayltx.distributed_worker.worker import LinkReport, Worker, WorkerInfo
 from rayltx.distributed_worker.worker_calls import Call, CallKind, ask
 from rayltx.errors import ClusterError, OutOfMemory, RanksFailedAlike
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0  # for everything that is not a step
 _PING_TIMEOUT_S = 5.0
+_JOIN_TIMEOUT_S = 90.0  # a link that hangs is told from a slow start, which is over by then
 _COLLECTIVE_TIMEOUT = 1.5  # of a step's limit
 
 _Result = TypeVar("_Result")
@@ -42,18 +44,20 @@ class _CallsUnderWay:
 class RankGroup:
     """All workers, and the process group that the first of them form.
 
-    start_worker: starts the process of a rank, and returns at once.
+    start_worker: starts the process of a rank, with or without (True) peer-to-peer copies, and returns at once.
     reload: gives models to ranks that were replaced. It may call them, and must not ask for the group to be mended.
     """
 
     def __init__(
         self,
         request: ClusterRequest,
-        start_worker: Callable[[int], ray.actor.ActorHandle],
+        start_worker: Callable[[int, bool], ray.actor.ActorHandle],
         reload: Callable[[Sequence[int]], None],
     ) -> None:
         self._request, self._start_worker, self._reload = request, start_worker, reload
-        self._actors = [start_worker(rank) for rank in range(request.workers)]
+        self._record = MachineRecord(request.machine_record, request.gpu_names())
+        self._without_peer_to_peer = self._record.needs_no_peer_to_peer()
+        self._actors = [start_worker(rank, self._without_peer_to_peer) for rank in range(request.workers)]
         self._preparing = {rank: self._prepare(rank) for rank in self.all_ranks}
         self._infos: list[WorkerInfo] | None = None
         self._config: ParallelConfig | None = None  # of the process group, while it is whole
@@ -61,6 +65,7 @@ class RankGroup:
         self._lacking: set[int] = set()  # ranks that were replaced, and may not have the models yet
         self._abandoned: _CallsUnderWay | None = None
         self._ended = False
+        self.link_report: LinkReport | None = None  # of the group that last formed, as rank 0 found it
 
     @property
     def request(self) -> ClusterRequest:
@@ -168,7 +173,25 @@ class RankGroup:
             self._join(config)
 
     def _join(self, config: ParallelConfig) -> None:
+        """Form the group, with peer-to-peer copies off where the ranks cannot reach each other otherwise."""
         self.workers()
+        try:
+            self._form_and_try(config)
+        except ClusterError as error:
+            off = self._request.kind.peer_to_peer_off
+            if not off or self._without_peer_to_peer:
+                raise
+            logger.warning(
+                "%s. Starting the workers again without peer-to-peer copies (%s), which some boards corrupt or let hang: "
+                "ACS or the IOMMU is on, as the firmware's settings and the kernel's command line say. It is slower so",
+                error, ", ".join(f"{name}={value}" for name, value in off),
+            )  # fmt: skip
+            self._without_peer_to_peer = True
+            self._replace(list(self.all_ranks))
+            self._form_and_try(config)
+            self._record.remember_no_peer_to_peer()
+
+    def _form_and_try(self, config: ParallelConfig) -> None:
         self._config = None
         # All at once: taking a group's communicators apart may wait for every rank of it.
         self.run_on(self.all_ranks, ask(Worker.leave), "leaving the group")
@@ -176,8 +199,12 @@ class RankGroup:
         # Longer than a step may take: of a rank that hangs, this process is to hear first, and says which it is.
         timeout_s = _COLLECTIVE_TIMEOUT * self._request.step_timeout_s
         joining = {rank: ask(Worker.join, rank, config, meeting_point, timeout_s) for rank in range(config.world_size)}
-        self.run(joining, "forming the group")
+        reports = self.run(joining, "forming the group", _JOIN_TIMEOUT_S)
+        if (report := reports[0]) is not None:
+            logger.info("%d ranks reach each other: %s", config.world_size, report)
+        self.link_report = report
         self._config = config
+        self._broken = False
 
     # ---- after failures
 
@@ -216,20 +243,24 @@ class RankGroup:
         started = time.monotonic()
         config, self._config = self._config, None
         gone = self._gone()
-        for rank in gone:
-            ray.kill(self._actors[rank])
-            self._actors[rank] = self._start_worker(rank)
-            self._preparing[rank] = self._prepare(rank)
-        self._infos = None
-        self._lacking.update(gone)
-        self.workers()
-        self._reload(sorted(self._lacking))
-        self._lacking.clear()
+        self._replace(gone)
         self._broken = False
         if config is not None:
             self._join(config)
         replaced = f"replaced rank {', '.join(map(str, gone))}" if gone else "no worker was lost"
         logger.warning("the group was formed anew in %.1f s (%s)", time.monotonic() - started, replaced)
+
+    def _replace(self, ranks: Sequence[int]) -> None:
+        """Start workers in others' places, and give them the models."""
+        for rank in ranks:
+            ray.kill(self._actors[rank])
+            self._actors[rank] = self._start_worker(rank, self._without_peer_to_peer)
+            self._preparing[rank] = self._prepare(rank)
+        self._infos = None
+        self._lacking.update(ranks)
+        self.workers()
+        self._reload(sorted(self._lacking))
+        self._lacking.clear()
 
     def _gone(self) -> list[int]:
         """The ranks to replace. The others have left the group."""

@@ -68,10 +68,12 @@ def _store_bytes_of_cluster() -> int:
     return int(ray.cluster_resources().get("object_store_memory", 0))
 
 
-def start_worker(request: ClusterRequest, gpus: tuple[str, ...], rank: int) -> ray.actor.ActorHandle:
+def start_worker(
+    request: ClusterRequest, gpus: tuple[str, ...], rank: int, without_peer_to_peer: bool = False
+) -> ray.actor.ActorHandle:
     """Start the process of one rank. Returns at once, while it comes up.
 
-    gpus: of each worker, as `ClusterRequest.gpus` says.
+    gpus: of each worker, as `ClusterRequest.gpus` says. without_peer_to_peer: keep GPUs from copying to each other's memory.
     """
     environment = {
         name: without_async_allocator(os.environ[name]) for name in _ALLOCATOR_VARIABLES if name in os.environ
@@ -79,6 +81,8 @@ def start_worker(request: ClusterRequest, gpus: tuple[str, ...], rank: int) -> r
     # The one folder that makes `rayltx` importable, and nothing else of this repository; none if a wheel is installed.
     search_path = [*SEARCH_PATH, os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
+    if without_peer_to_peer:
+        environment.update(request.kind.peer_to_peer_off)
     resources: dict[str, float] = {"num_cpus": 0}
     if gpus:
         environment.update(request.kind.pinned_to(gpus[rank]))

@@ -40,6 +40,7 @@ class ClusterRequest:
     dashboard: str = ""  # host:port of Ray's dashboard; "": none
     group_address: str = ""  # host:port where the ranks meet; "": a free port
     step_timeout_s: float = 1800.0
+    machine_record: str = ""  # file of what was found out about the machine; "": nothing is remembered
     host: str = DIFFUSERS_HOST  # "package.module:Class", imported ahead of its use
     bootstrap: Bootstrap | None = None
 
@@ -55,6 +56,11 @@ class ClusterRequest:
     @property
     def on_cpu(self) -> bool:
         return self.device == CPU
+
+    def gpu_names(self) -> tuple[str, ...]:
+        """What the GPUs of `gpus` are called; () where there are none, or they are another machine's."""
+        names = dict(zip(self.kind.visible(), self.kind.names())) if self.address == LOCAL and not self.on_cpu else {}
+        return tuple(names[gpu] for gpu in self.gpus()) if names else ()
 
     @property
     def kept_shared_memory(self) -> int:

@@ -27,8 +27,11 @@ from rayltx.distributed_worker.request import Bootstrap
 from rayltx.distributed_worker.weights import WeightPortion, map_file
 from rayltx.distributed_worker.worker_calls import collective, individual
 from rayltx.errors import UserError
+from rayltx.sequence_parallel.first_exchange import ExchangeReport, check_exchange
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
+
+_PROBE_BYTES = {True: 2**20, False: 2**25}  # that a rank sends to have the link timed: on the CPU, elsewhere
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,21 @@ class WorkerInfo:
     device: str
     device_memory_bytes: int
     device_description: str  # see `DeviceKind.description`
+
+
+@dataclass(frozen=True)
+class LinkReport:
+    """How the ranks of a group reach each other, as one of them found it."""
+
+    backend: str
+    exchange: ExchangeReport
+    communicator_bytes: int  # of the device's memory, that forming the group took
+
+    def __str__(self) -> str:
+        return (
+            f"{self.backend}, {self.exchange.bytes_per_s / 1e9:.2f} GB/s to a rank, {self.exchange.small_s * 1e3:.2f} ms a "
+            f"small collective, {self.communicator_bytes / 2**20:.0f} MiB for communicators"
+        )
 
 
 def import_dotted(path: str) -> Any:
@@ -99,12 +117,17 @@ class Worker:
         return host, self._store.port
 
     @collective
-    def join(self, rank: int, config: ParallelConfig, meeting_point: tuple[str, int], timeout_s: float) -> None:
-        """Form a process group with the other ranks, in place of an earlier one. Raises what torch raises."""
+    def join(
+        self, rank: int, config: ParallelConfig, meeting_point: tuple[str, int], timeout_s: float
+    ) -> LinkReport | None:
+        """Form a process group with the other ranks, in place of an earlier one, and try it. Returns None for one rank.
+
+        Raises what torch raises, and ExchangeError where other bytes arrive than were sent.
+        """
         self.leave()
         if config.world_size == 1:
             self._group = SequenceParallelGroup.single()
-            return
+            return None
         timeout = datetime.timedelta(seconds=timeout_s)
         store = self._store if rank == 0 else dist.TCPStore(*meeting_point, is_master=False, timeout=timeout)
         dist.init_process_group(
@@ -114,7 +137,11 @@ class Worker:
             world_size=config.world_size,
             timeout=timeout,
         )
-        self._group = SequenceParallelGroup.create(config)
+        free_bytes = self._device.free_bytes()
+        group = SequenceParallelGroup.create(config)
+        exchange = check_exchange(group, torch.device(self._device.name), _PROBE_BYTES[self._device.name == CPU])
+        self._group = group
+        return LinkReport(self._device.collectives, exchange, max(0, free_bytes - self._device.free_bytes()))
 
     @individual
     def leave(self) -> None:

@@ -43,7 +43,7 @@ def ring_attention(
         requests, arriving = [], None
         if step < degree - 1:
             arriving = passing.new_empty(2, key.shape[0], chunks.sizes[(source - 1) % degree], *key.shape[2:])
-            requests = _pass_on(passing, arriving, group)
+            requests = pass_on(passing, arriving, group)
         out, lse = attend_masked_with_lse(
             attend, query, passing[0], passing[1], mask, queries, chunks.slice(source), heads
         )
@@ -55,8 +55,11 @@ def ring_attention(
     return accumulator.result(query.dtype)
 
 
-def _pass_on(sent: Tensor, received: Tensor, group: ProcessGroup) -> list[dist.Work]:
-    """Start to send to the next rank of the ring and to receive from the previous one. Nothing travels for no keys."""
+def pass_on(sent: Tensor, received: Tensor, group: ProcessGroup) -> list[dist.Work]:
+    """Start to send to the next rank of the ring and to receive from the previous one. Nothing travels for no elements.
+
+    Collective: every rank in `group` must call it. The tensors live until each request has been waited for.
+    """
     rank, degree = dist.get_rank(group), dist.get_world_size(group)
     operations = []
     if sent.numel():

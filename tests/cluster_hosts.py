@@ -61,3 +61,24 @@ class EchoHost:
         if group.world is not None:
             dist.barrier(group.world)
         return inputs if group.rank == 0 else None
+
+
+def corrupting_unless_told(payload, device):
+    """A bootstrap of workers that other bytes reach than were sent, unless their environment says otherwise; or none do.
+
+    payload: "corrupt" or "hang".
+    """
+    if "RAYLTX_TESTS_PEER_TO_PEER_OFF" in os.environ:
+        return
+    all_to_all = dist.all_to_all_single
+
+    def damaged(received, *args, async_op=False, **kwargs):
+        if payload == "hang" and dist.get_rank() == 1:
+            time.sleep(3600)
+        work = all_to_all(received, *args, async_op=async_op, **kwargs)
+        if work is not None:
+            work.wait()
+        received.zero_()
+        return work
+
+    dist.all_to_all_single = damaged

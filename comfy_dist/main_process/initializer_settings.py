@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, user_folder
 from rayltx.comfy_dist.comfy_host import COMFY_HOST
 from rayltx.comfy_dist.main_process.attention_names import attention_arguments
 from rayltx.comfy_dist.main_process.placement import Placement
@@ -83,6 +83,7 @@ class InitializerSettings:
             map_files=self.use_mmap,
             dashboard=self._dashboard(),
             group_address=self._group_address(),
+            machine_record=str(user_folder() / "machine.json"),
         )
         check_machine(request)
         return Placement(request, config, self.clear_vram_after_sampling)

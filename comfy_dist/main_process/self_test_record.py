@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rayltx.about import ROOT, VERSION
+from rayltx.comfy_dist.comfy_environment import user_folder
 from rayltx.comfy_dist.comfy_host import ComfyHost
 from rayltx.comfy_dist.comfy_types import BaseModel
 from rayltx.comfy_dist.main_process.placement import Placement
@@ -108,9 +109,7 @@ def _as_text(config: Mapping[str, object]) -> str:
 
 
 def _path() -> Path:
-    import folder_paths
-
-    return Path(folder_paths.get_user_directory()) / "rayltx" / "self_test.json"
+    return user_folder() / "self_test.json"
 
 
 def _read() -> dict[str, Any]:

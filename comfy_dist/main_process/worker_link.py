@@ -112,6 +112,7 @@ class WorkerLink:
         if self._proved != (cluster, placement.config):
             prove_seam(self.remote, placement, cluster.workers(), self.spec, self.base_model)
             self._proved = (cluster, placement.config)
+        cluster.group.form(placement.config)  # before weights take the devices' memory: communicators need some
 
     # ---- hooks
 
