@@ -17,14 +17,14 @@ from rayltx.distributed_worker.outcomes import is_gone, results, wait_for_outcom
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.distributed_worker.worker import LinkReport, Worker, WorkerInfo
 from rayltx.distributed_worker.worker_calls import Call, CallKind, ask
-from rayltx.errors import ClusterError, OutOfMemory, RanksFailedAlike
+from rayltx.errors import ClusterError, ExchangeError, OutOfMemory, RanksDisagree, RanksFailedAlike, WorkerStuck
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0  # for everything that is not a step
 _PING_TIMEOUT_S = 5.0
-_JOIN_TIMEOUT_S = 90.0  # a link that hangs is told from a slow start, which is over by then
+_JOIN_TIMEOUT_S = 120.0  # a link that hangs is told from a slow start, which is over by then
 _COLLECTIVE_TIMEOUT = 1.5  # of a step's limit
 
 _Result = TypeVar("_Result")
@@ -177,7 +177,7 @@ class RankGroup:
         self.workers()
         try:
             self._form_and_try(config)
-        except ClusterError as error:
+        except (ExchangeError, RanksDisagree, RanksFailedAlike, WorkerStuck) as error:
             off = self._request.kind.peer_to_peer_off
             if not off or self._without_peer_to_peer:
                 raise

@@ -22,11 +22,12 @@ from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.messages import Message, bytes_of_tensor, pack, unpack
+from rayltx.distributed_worker.object_store import SHARED_MEMORY
 from rayltx.distributed_worker.outcomes import Failure, Outcome
 from rayltx.distributed_worker.request import Bootstrap
 from rayltx.distributed_worker.weights import WeightPortion, map_file
 from rayltx.distributed_worker.worker_calls import collective, individual
-from rayltx.errors import UserError
+from rayltx.errors import DeviceError, UserError
 from rayltx.sequence_parallel.first_exchange import ExchangeReport, check_exchange
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -122,7 +123,8 @@ class Worker:
     ) -> LinkReport | None:
         """Form a process group with the other ranks, in place of an earlier one, and try it. Returns None for one rank.
 
-        Raises what torch raises, and ExchangeError where other bytes arrive than were sent.
+        Raises what torch raises, DeviceError where NCCL finds no room in shared memory, and ExchangeError where other bytes
+        arrive than were sent.
         """
         self.leave()
         if config.world_size == 1:
@@ -138,8 +140,16 @@ class Worker:
             timeout=timeout,
         )
         free_bytes = self._device.free_bytes()
-        group = SequenceParallelGroup.create(config)
-        exchange = check_exchange(group, torch.device(self._device.name), _PROBE_BYTES[self._device.name == CPU])
+        try:
+            group = SequenceParallelGroup.create(config)
+            exchange = check_exchange(group, torch.device(self._device.name), _PROBE_BYTES[self._device.name == CPU])
+        except RuntimeError as error:
+            if str(SHARED_MEMORY) not in str(error):
+                raise
+            raise DeviceError(
+                f"{self._device.collectives} finds no room in {SHARED_MEMORY}, through which it moves data: {error}; enlarge it "
+                "(in a container: --shm-size)"
+            ) from error
         self._group = group
         return LinkReport(self._device.collectives, exchange, max(0, free_bytes - self._device.free_bytes()))
 

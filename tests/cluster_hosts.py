@@ -66,11 +66,21 @@ class EchoHost:
 def corrupting_unless_told(payload, device):
     """A bootstrap of workers that other bytes reach than were sent, unless their environment says otherwise; or none do.
 
-    payload: "corrupt" or "hang".
+    payload: "corrupt", "hang", or "shared memory": as NCCL says that there is too little.
     """
     if "RAYLTX_TESTS_PEER_TO_PEER_OFF" in os.environ:
         return
     all_to_all = dist.all_to_all_single
+
+    def without_shared_memory(*args, **kwargs):
+        raise dist.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp, unhandled system error. Last error: Error while creating shared memory "
+            "segment /dev/shm/nccl-GxQe (size 9637888)"
+        )
+
+    if payload == "shared memory":
+        dist.all_to_all_single = without_shared_memory
+        return
 
     def damaged(received, *args, async_op=False, **kwargs):
         if payload == "hang" and dist.get_rank() == 1:

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from rayltx.comfy_dist.main_process.attention_names import attention_arguments
+from rayltx.comfy_dist.main_process.attention_names import attention_arguments, warn_if_ring_replaces
 from rayltx.comfy_dist.main_process.ksampler import SamplingRange
 from rayltx.errors import InputError
 from rayltx.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
@@ -92,6 +92,17 @@ def test_what_is_not_installed_falls_back_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert attention_arguments("SAGE_FP8_CUDA")["use_sage_attention"]
     assert attention_arguments("FLASH_ATTN_3")["use_flash_attention"]
+
+
+def test_a_ring_says_by_name_that_it_cannot_use_a_kernel(monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for name, package in (("SAGE_AUTO_DETECT", "sageattention"), ("FLASH_ATTN", "flash_attn")):
+        caplog.clear()
+        warn_if_ring_replaces(attention_arguments(name), 1)
+        warn_if_ring_replaces(attention_arguments("TORCH"), 2)
+        assert not caplog.text
+        warn_if_ring_replaces(attention_arguments(name), 2)
+        assert "ring_degree=2" in caplog.text and package in caplog.text and "ulysses_degree" in caplog.text
 
 
 def test_an_attention_name_that_never_was():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 
 from rayltx.errors import InputError
 
@@ -21,6 +22,21 @@ _PACKAGES = {FLASH: "flash_attn", SAGE: "sageattention"}
 # ComfyUI's own arguments for its attention kernels: at most one of them is set.
 _ARGUMENTS = {TORCH: "use_pytorch_cross_attention", FLASH: "use_flash_attention", SAGE: "use_sage_attention"}
 _OTHERS = ("use_split_cross_attention", "use_quad_cross_attention")
+
+
+def warn_if_ring_replaces(kernel_arguments: Mapping[str, object], ring_degree: int) -> None:
+    """Say by name that ring attention cannot use a kernel: its partial results are merged by a log-sum-exp of torch's.
+
+    kernel_arguments: of the workers' ComfyUI, among others.
+    """
+    chosen = [family for family in (FLASH, SAGE) if kernel_arguments.get(_ARGUMENTS[family])]
+    if ring_degree > 1 and chosen:
+        logger.warning(
+            "ring_degree=%d: the ring computes video self-attention with torch's own kernels, not with %s, which gives no "
+            "log-sum-exp that could be merged; for that kernel, give all GPUs to ulysses_degree",
+            ring_degree,
+            _PACKAGES[chosen[0]],
+        )
 
 
 def attention_arguments(name: str) -> dict[str, bool]:

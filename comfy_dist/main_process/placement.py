@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -23,3 +25,10 @@ class Placement:
 
     def __post_init__(self) -> None:
         self.config.check_workers(self.request.workers)
+
+    @property
+    def comfyui_arguments(self) -> Mapping[str, object]:
+        """The command line's arguments of the workers' ComfyUI."""
+        bootstrap = self.request.bootstrap
+        environment = None if bootstrap is None else bootstrap.payload
+        return environment.arguments if isinstance(environment, ComfyEnvironment) else {}

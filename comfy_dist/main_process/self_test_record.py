@@ -98,8 +98,7 @@ def verdict_key(spec: ComfySpec, base_model: BaseModel, placement: Placement, wo
 
 def _kernel_arguments(placement: Placement) -> str:
     """Of the arguments of the workers' ComfyUI, those that choose kernels and precisions."""
-    bootstrap = placement.request.bootstrap
-    arguments = getattr(bootstrap.payload, "arguments", {}) if bootstrap is not None else {}
+    arguments = placement.comfyui_arguments
     return _as_text({name: value for name, value in arguments.items() if any(word in name for word in _KERNEL_WORDS)})
 
 

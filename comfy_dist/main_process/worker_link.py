@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
 from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, HookGroup, KeyPatches, Model, Options
+from rayltx.comfy_dist.main_process.attention_names import warn_if_ring_replaces
 from rayltx.comfy_dist.main_process.detection import Detected
 from rayltx.comfy_dist.main_process.forwarding import (
     CHANGING,
@@ -110,6 +111,7 @@ class WorkerLink:
             self._sent_hooks.clear()
         self.placement = placement
         if self._proved != (cluster, placement.config):
+            warn_if_ring_replaces(placement.comfyui_arguments, placement.config.ring_degree)
             prove_seam(self.remote, placement, cluster.workers(), self.spec, self.base_model)
             self._proved = (cluster, placement.config)
         cluster.group.form(placement.config)  # before weights take the devices' memory: communicators need some

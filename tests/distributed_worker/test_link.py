@@ -18,7 +18,7 @@ from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.machine_record import MachineRecord
 from rayltx.distributed_worker.request import Bootstrap, ClusterRequest
-from rayltx.errors import ClusterError
+from rayltx.errors import ClusterError, DeviceError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 TWO = ParallelConfig(2, 1)
@@ -46,7 +46,7 @@ def with_peer_to_peer(monkeypatch):
     monkeypatch.setitem(devices.KINDS, "cpu", kind)
 
 
-@pytest.mark.parametrize("damage", ["corrupt", "hang"])
+@pytest.mark.parametrize("damage", ["corrupt", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_link_that_corrupts_or_hangs_is_used_without_peer_to_peer(
     request_for, with_peer_to_peer, tmp_path, caplog, damage
 ):
@@ -77,6 +77,15 @@ def test_without_another_way_the_error_says_what_arrived(request_for, tmp_path):
             cluster.group.form(TWO)
         cluster.group.form(ParallelConfig())
     assert not (tmp_path / "m").exists()
+
+
+def test_too_little_shared_memory_is_told_from_a_bad_link(request_for, with_peer_to_peer, caplog):
+    with (
+        Cluster.start(request_for("shared memory")) as cluster,
+        pytest.raises(DeviceError, match=r"gloo finds no room in /dev/shm.*nccl-GxQe.*--shm-size"),
+    ):
+        cluster.group.form(TWO)
+    assert "without peer-to-peer" not in caplog.text
 
 
 def test_findings_are_kept_by_the_gpus_that_they_are_about(tmp_path):

@@ -1,13 +1,18 @@
 """Nodes for the tests: inputs from seeds in place of text encoders and VAEs, and outputs as numbers."""
 
+import os
 import sys
 
+import comfy.memory_management
 import folder_paths
 import torch
 from safetensors.torch import save_file
 
 sys.path.append("@TESTS@")  # filled in where the folder is copied to
 import comfy_scenarios as scenarios
+
+if os.environ.get("RAYLTX_TESTS_DYNAMIC_VRAM") == "1":  # as the main program has it on NVIDIA cards
+    comfy.memory_management.aimdo_enabled = True
 
 
 def _node(inputs, outputs, run, output_node=False):
