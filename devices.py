@@ -92,9 +92,17 @@ class DeviceKind:
         if self.name == CPU:
             return ""
         gib = 2**30
-        free, total = self._module.mem_get_info(0)
-        peak = self._module.max_memory_allocated(0)
+        try:
+            free, total = self._module.mem_get_info(0)
+            peak = self._module.max_memory_allocated(0)
+        except RuntimeError:  # not even a context fits
+            return ""
         return f"peak {peak / gib:.2f} GiB, {free / gib:.2f} of {total / gib:.2f} GiB free"
+
+    @property
+    def probe_bytes(self) -> int:
+        """That a rank sends to have the link between such devices tried and timed."""
+        return 2**20 if self.name == CPU else 2**25
 
     def give_back_memory(self) -> None:
         """Return what torch's allocator holds unused."""
@@ -139,11 +147,14 @@ def automatic() -> str:
     return next(found, CPU)
 
 
+_OUT_OF_MEMORY = (
+    "CUDA error: out of memory", "HIP error: out of memory", "failure 2 'out of memory'",  # the last is NCCL's
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory ran out: each library has its own way of saying so."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        mark in text for mark in ("CUDA error: out of memory", "HIP error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OUT_OF_MEMORY)

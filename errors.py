@@ -11,7 +11,7 @@
     |-- SelfTestError (RuntimeError)    the installed ComfyUI's model would give another picture on several ranks
     `-- ClusterError (RuntimeError)     the workers failed
         |-- RanksFailedAlike            every rank raised the same: the group is whole, and the call can be repeated
-        |-- OutOfMemory                 a device's memory ran out on some rank: nobody is replaced, less may be asked for
+        |-- OutOfMemory                 a device's memory ran out on some rank: less may be asked for
         |-- RanksDisagree               some ranks raised and others did not: the group's collectives are out of step
         |-- WorkerDied                  a process is gone
         |-- WorkerStuck                 a rank did not answer in time

@@ -6,7 +6,6 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 
-import ray
 import torch
 
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
@@ -77,8 +76,6 @@ class Cluster:
         """End the workers, and Ray if it was started here. May be called twice."""
         if Cluster._current is self:
             Cluster._current = None
-        if not ray.is_initialized():
-            return
         for model in list(self._models.values()):
             model.forget()
         self.sent.clear()

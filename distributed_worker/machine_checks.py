@@ -26,8 +26,8 @@ def check_machine(request: ClusterRequest) -> None:
         return
     if request.workers > 1 and not dist.is_backend_available(request.kind.collectives):
         raise DeviceError(
-            f"GPU={request.workers}: this torch has no {request.kind.collectives}, by which GPUs talk to each other; install a "
-            "torch built for your GPUs, set GPU to 1, or set the device to cpu"
+            f"{request.workers} workers: this torch has no {request.kind.collectives}, by which GPUs talk to each "
+            "other; install a torch built for your GPUs, set GPU to 1, or set the device to cpu"
         )
     if request.address == LOCAL and request.workers > 1:
         _check_cards(request, gpus)

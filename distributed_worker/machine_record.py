@@ -17,16 +17,16 @@ class MachineRecord:
     """A file of findings, by the GPUs that they are about. path: "" remembers nothing."""
 
     def __init__(self, path: str, gpus: tuple[str, ...]) -> None:
-        """gpus: what those are called that work together."""
+        """gpus: what those are called that work together; () for those of other machines, of which nothing is kept."""
         self._path, self._gpus = path, ", ".join(gpus)
 
     def needs_no_peer_to_peer(self) -> bool:
         """Whether these GPUs could not reach each other's memory."""
-        return self._gpus in self._read()
+        return bool(self._gpus) and self._gpus in self._read()
 
     def remember_no_peer_to_peer(self) -> None:
         """Start these GPUs' workers without peer-to-peer copies from now on. Warns where that cannot be written down."""
-        if not self._path:
+        if not self._path or not self._gpus:
             return
         path = Path(self._path)
         found = sorted({*self._read(), self._gpus})

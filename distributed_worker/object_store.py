@@ -35,7 +35,7 @@ def object_store_bytes(
         shared_memory_free = (
             shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else psutil.virtual_memory().available
         )
-    shared_memory_free = max(0, shared_memory_free - kept_free)
+    in_shared_memory, shared_memory_free = shared_memory_free, max(0, shared_memory_free - kept_free)
     if memory is None:
         memory = psutil.virtual_memory().total
     if requested:
@@ -57,7 +57,7 @@ def object_store_bytes(
             "%s has only %.0f MiB free: weights will be mapped from their files, and Ray may keep its store on disk; "
             "enlarge it (in a container: --shm-size)",
             SHARED_MEMORY,
-            shared_memory_free / 2**20,
+            in_shared_memory / 2**20,
         )
     return max(automatic, MIN_BYTES)
 

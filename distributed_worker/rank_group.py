@@ -85,10 +85,11 @@ class RankGroup:
         return self._broken
 
     def end(self) -> None:
-        """End the workers."""
+        """End the workers, unless they went with Ray."""
         self._ended = True
-        for actor in self._actors:
-            ray.kill(actor)
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor)
 
     # ---- calling
 
@@ -137,8 +138,10 @@ class RankGroup:
             if len(answers) < len(calls.references):
                 self._broken = True  # a rank waits for one that ran out of memory, and notices nothing
             elif calls.is_collective:
-                # Nobody is out of step, but a rank that fails in a collective call leaves its group.
+                # Nobody is out of step, but a rank that fails in a collective call leaves its group. On a GPU one that has
+                # answered may have kernels that wait for others: they end before anything synchronises with the device.
                 self._config = None
+                self.tell_all(ask(Worker.leave, after_failure=True))
             raise
         except ClusterError:
             self._broken = True
@@ -175,8 +178,9 @@ class RankGroup:
     def _join(self, config: ParallelConfig) -> None:
         """Form the group, with peer-to-peer copies off where the ranks cannot reach each other otherwise."""
         self.workers()
+        meeting_point = self._meeting_point()
         try:
-            self._form_and_try(config)
+            self._form_and_try(config, meeting_point)
         except (ExchangeError, RanksDisagree, RanksFailedAlike, WorkerStuck) as error:
             off = self._request.kind.peer_to_peer_off
             if not off or self._without_peer_to_peer:
@@ -188,14 +192,18 @@ class RankGroup:
             )  # fmt: skip
             self._without_peer_to_peer = True
             self._replace(list(self.all_ranks))
-            self._form_and_try(config)
-            self._record.remember_no_peer_to_peer()
+            self._form_and_try(config, self._meeting_point())
+            if isinstance(error, WorkerStuck) or ExchangeError.__name__ in f"{type(error).__name__} {error}":
+                self._record.remember_no_peer_to_peer()
 
-    def _form_and_try(self, config: ParallelConfig) -> None:
+    def _meeting_point(self) -> tuple[str, int]:
+        """Where the ranks can form a group. None of them is in one."""
         self._config = None
         # All at once: taking a group's communicators apart may wait for every rank of it.
         self.run_on(self.all_ranks, ask(Worker.leave), "leaving the group")
-        meeting_point = self.run_on([0], ask(Worker.open_store, self._request.group_address), "forming the group")[0]
+        return self.run_on([0], ask(Worker.open_store, self._request.group_address), "forming the group")[0]
+
+    def _form_and_try(self, config: ParallelConfig, meeting_point: tuple[str, int]) -> None:
         # Longer than a step may take: of a rank that hangs, this process is to hear first, and says which it is.
         timeout_s = _COLLECTIVE_TIMEOUT * self._request.step_timeout_s
         joining = {rank: ask(Worker.join, rank, config, meeting_point, timeout_s) for rank in range(config.world_size)}
@@ -252,6 +260,7 @@ class RankGroup:
 
     def _replace(self, ranks: Sequence[int]) -> None:
         """Start workers in others' places, and give them the models."""
+        self._broken = True  # until they are whole, whatever happens on the way
         for rank in ranks:
             ray.kill(self._actors[rank])
             self._actors[rank] = self._start_worker(rank, self._without_peer_to_peer)

@@ -87,7 +87,8 @@ def start_worker(
     if gpus:
         environment.update(request.kind.pinned_to(gpus[rank]))
         # Ray versions differ for num_gpus=0.
-        environment[f"RAY_EXPERIMENTAL_NOSET_{request.kind.visible_variable}"] = "1"
+        for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR"):
+            environment[f"RAY_EXPERIMENTAL_NOSET_{variable}"] = "1"
     elif not request.on_cpu:
         resources["num_gpus"] = 1  # another machine's cluster gives out its own GPUs
     threads = max(1, (psutil.cpu_count() or 1) // request.workers)

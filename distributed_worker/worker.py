@@ -32,8 +32,6 @@ from rayltx.sequence_parallel.first_exchange import ExchangeReport, check_exchan
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
 
-_PROBE_BYTES = {True: 2**20, False: 2**25}  # that a rank sends to have the link timed: on the CPU, elsewhere
-
 
 @dataclass(frozen=True)
 class WorkerInfo:
@@ -142,7 +140,7 @@ class Worker:
         free_bytes = self._device.free_bytes()
         try:
             group = SequenceParallelGroup.create(config)
-            exchange = check_exchange(group, torch.device(self._device.name), _PROBE_BYTES[self._device.name == CPU])
+            exchange = check_exchange(group, torch.device(self._device.name), self._device.probe_bytes)
         except RuntimeError as error:
             if str(SHARED_MEMORY) not in str(error):
                 raise
@@ -151,13 +149,22 @@ class Worker:
                 "(in a container: --shm-size)"
             ) from error
         self._group = group
+        self._device.give_back_memory()  # what was exchanged
         return LinkReport(self._device.collectives, exchange, max(0, free_bytes - self._device.free_bytes()))
 
     @individual
-    def leave(self) -> None:
-        """Leave the process group, if there is one."""
+    def leave(self, after_failure: bool = False) -> None:
+        """Leave the process group, if there is one.
+
+        after_failure: do not wait for what is under way. On a GPU kernels may wait there for ranks that will not come, and
+        whatever synchronises with the device would wait for them.
+        """
         self._group = None
-        if dist.is_initialized():
+        if not dist.is_initialized():
+            return
+        if after_failure and self._device.name != CPU:
+            dist.distributed_c10d._abort_process_group()
+        else:
             dist.destroy_process_group()
 
     # ---- weights
@@ -234,8 +241,7 @@ class Worker:
             raise
         except Exception:
             # The others may be waiting for this rank. With gloo they notice at once that it has left.
-            if self._device.name == CPU:
-                self.leave()
+            self.leave(after_failure=True)
             raise
         return pack(result) if group.rank == 0 else None
 

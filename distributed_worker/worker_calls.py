@@ -9,10 +9,11 @@ Every method that can be asked has one of two marks, which say who runs it and w
 
 @collective   All ranks of the group run it at once, and wait for each other in it. A failure that not all of them share
               leaves them out of step: the group is formed anew, and workers that are gone are replaced. After a failure
-              that all share, and out of memory, it is formed anew too, and nobody is replaced; after a user error it is
-              whole.
+              that all share, and out of memory, it is formed anew too, and nobody is replaced who answers; after a user
+              error it is whole.
 @individual   A worker runs it by itself, one or many at a time. The group stays usable if all who were asked fail alike;
-              if only some do, the workers no longer hold the same, and the group is formed anew.
+              if only some do, the workers no longer hold the same, and the group is formed anew. Out of memory leaves it as
+              it is, and who asked asks again.
 """
 
 from __future__ import annotations

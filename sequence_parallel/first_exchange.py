@@ -50,6 +50,8 @@ def check_exchange(group: SequenceParallelGroup, device: torch.device, num_bytes
         complaints.append("passing on to the next rank (send and receive)")
     if not _gathers(group.world, device):
         complaints.append("gathering (all-to-all)")
+    if not _carries_bulk(group.world, device, num_bytes):
+        complaints.append(f"messages of {num_bytes // group.world_size} bytes")
     report = _timed(group.world, device, num_bytes)
     if complaints:
         raise ExchangeError(
@@ -93,6 +95,22 @@ def _gathers(group: ProcessGroup, device: torch.device) -> bool:
     sent, everything = _numbers(tokens, rank, 1, device), _numbers(Partition((tokens.total,)), 0, 1, device)
     on_one, on_all = gather_tokens(sent, tokens, group), all_gather_tokens(sent, tokens, group)
     return torch.equal(on_all, everything) and (on_one is None or torch.equal(on_one, everything))
+
+
+def _carries_bulk(group: ProcessGroup, device: torch.device, num_bytes: int) -> bool:
+    """Large messages go by another way than small ones."""
+    rank, degree = dist.get_rank(group), dist.get_world_size(group)
+    part = max(1, num_bytes // degree)
+    pattern = torch.arange(part, dtype=torch.int32).remainder_(251).to(torch.uint8)
+
+    def from_to(sender: int, receiver: int) -> Tensor:
+        return pattern + (sender * degree + receiver)  # wraps around
+
+    sent = torch.cat([from_to(rank, to) for to in range(degree)]).to(device)
+    received = torch.full_like(sent, 255)
+    parts = [part] * degree
+    dist.all_to_all_single(received, sent, output_split_sizes=parts, input_split_sizes=parts, group=group)
+    return torch.equal(received.cpu(), torch.cat([from_to(sender, rank) for sender in range(degree)]))
 
 
 def _timed(group: ProcessGroup, device: torch.device, num_bytes: int) -> ExchangeReport:

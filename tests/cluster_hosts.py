@@ -66,7 +66,7 @@ class EchoHost:
 def corrupting_unless_told(payload, device):
     """A bootstrap of workers that other bytes reach than were sent, unless their environment says otherwise; or none do.
 
-    payload: "corrupt", "hang", or "shared memory": as NCCL says that there is too little.
+    payload: "corrupt", "corrupt bulk", "hang", or "shared memory": as NCCL says that there is too little.
     """
     if "RAYLTX_TESTS_PEER_TO_PEER_OFF" in os.environ:
         return
@@ -88,7 +88,8 @@ def corrupting_unless_told(payload, device):
         work = all_to_all(received, *args, async_op=async_op, **kwargs)
         if work is not None:
             work.wait()
-        received.zero_()
+        if payload != "corrupt bulk" or received.nbytes > 2**16:
+            received[-1:] += 1
         return work
 
     dist.all_to_all_single = damaged

@@ -29,13 +29,25 @@ def test_a_worker_on_rocm_does_not_inherit_the_variable_that_wins(monkeypatch):
     assert KINDS["xpu"].pinned_to("1") == {"ZE_AFFINITY_MASK": "1"}
 
 
+def test_a_card_that_not_even_a_context_fits_has_no_report(monkeypatch):
+    def fail(index):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("torch.cuda.mem_get_info", fail)
+    assert KINDS["cuda"].memory_report() == ""
+
+
 def test_running_out_of_memory_is_told_from_other_errors():
     import torch
+    import torch.distributed
 
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 896.00 MiB."))
     assert is_out_of_memory(
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
     )
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(
+        torch.distributed.DistBackendError("NCCL error ... Last error: Cuda failure 2 'out of memory'")
+    )
     assert not is_out_of_memory(RuntimeError("expected m1 and m2 to have the same dtype"))
     assert not is_out_of_memory(MemoryError("of the host"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from rayltx.comfy_dist.wire import StepInputs
+from rayltx.comfy_dist.wire import LoadInputs, StepInputs
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 
 _LEAST_BUDGET = 64 * 2**20  # bytes; a block or two of any model
@@ -19,21 +19,22 @@ class MemorySaving:
     weight_budget: int  # bytes; the rest is streamed
 
     @classmethod
-    def after(cls, placed_bytes: dict[int, int], weight_budget: int) -> MemorySaving:
+    def after(cls, placed_bytes: dict[int, int], weight_bytes: int, weight_budget: int) -> MemorySaving:
         """Half of what the rank with the most weights had on its device.
 
-        placed_bytes: by rank. weight_budget: what was allowed; 0 for as many as fit.
+        placed_bytes: by rank; 0 where a worker had to be replaced, whose weights are all taken for placed.
+        weight_bytes: of the whole model. weight_budget: what was allowed; 0 for as many as fit.
         """
-        had = max(placed_bytes.values())
+        had = max(placed_bytes.values()) or weight_bytes
         allowed = min(had, weight_budget) if weight_budget else had
         return cls(max(allowed // 2, _LEAST_BUDGET))
 
-    def applied_to(self, inputs: StepInputs) -> StepInputs:
-        return dataclasses.replace(
-            inputs,
-            changing_options={**inputs.changing_options, CHUNKS_OPTION: AUTOMATIC_CHUNKS},
-            load=dataclasses.replace(inputs.load, weight_budget=self.weight_budget),
-        )
+    def load(self, inputs: LoadInputs) -> LoadInputs:
+        return dataclasses.replace(inputs, weight_budget=self.weight_budget)
+
+    def step(self, inputs: StepInputs) -> StepInputs:
+        options = {**inputs.changing_options, CHUNKS_OPTION: AUTOMATIC_CHUNKS}
+        return dataclasses.replace(inputs, changing_options=options, load=self.load(inputs.load))
 
     def __str__(self) -> str:
         return f"at most {self.weight_budget / 2**30:.2f} GiB of weights on a device and the feed-forward in chunks"

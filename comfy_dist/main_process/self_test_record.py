@@ -88,7 +88,7 @@ def verdict_key(spec: ComfySpec, base_model: BaseModel, placement: Placement, wo
     unet_config = {k: v for k, v in base_model.model_config.unet_config.items() if k != "dtype"}
     devices = [worker.device_description for worker in workers[: config.world_size]]
     rest = (
-        spec.version, VERSION, torch.__version__, model_class.__name__, _as_text(unet_config), config.ulysses_degree,
+        spec.version, VERSION, torch.__version__, model_class.__name__, as_text(unet_config), config.ulysses_degree,
         config.ring_degree, devices, _kernel_arguments(placement),
         sorted((name, value) for name, value in os.environ.items() if name.startswith(_COLLECTIVES_VARIABLES)),
     )  # fmt: skip
@@ -99,12 +99,17 @@ def verdict_key(spec: ComfySpec, base_model: BaseModel, placement: Placement, wo
 def _kernel_arguments(placement: Placement) -> str:
     """Of the arguments of the workers' ComfyUI, those that choose kernels and precisions."""
     arguments = placement.comfyui_arguments
-    return _as_text({name: value for name, value in arguments.items() if any(word in name for word in _KERNEL_WORDS)})
+    return as_text({name: value for name, value in arguments.items() if any(word in name for word in _KERNEL_WORDS)})
 
 
-def _as_text(config: Mapping[str, object]) -> str:
+def as_text(config: Mapping[str, object]) -> str:
     """A model configuration as text, the same for equal configurations."""
-    return json.dumps({key: str(value) for key, value in sorted(config.items())})
+    return json.dumps({key: _settled(value) for key, value in sorted(config.items())})
+
+
+def _settled(value: object) -> str:
+    """As text that is the same in each process: a set's order is not."""
+    return str(sorted(map(str, value))) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _path() -> Path:

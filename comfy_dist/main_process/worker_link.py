@@ -7,6 +7,8 @@ import itertools
 import logging
 import uuid
 import weakref
+from collections.abc import Callable
+from typing import TypeVar
 
 import comfy.model_management
 import torch
@@ -39,6 +41,8 @@ from rayltx.errors import InputError, OutOfMemory, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 # Keys of what workers that take others' places are sent again.
 _PATCHES, _OPTIONS, _HOOKS = "patches", "options", "hooks "
@@ -114,7 +118,8 @@ class WorkerLink:
             warn_if_ring_replaces(placement.comfyui_arguments, placement.config.ring_degree)
             prove_seam(self.remote, placement, cluster.workers(), self.spec, self.base_model)
             self._proved = (cluster, placement.config)
-        cluster.group.form(placement.config)  # before weights take the devices' memory: communicators need some
+        # Before weights take the devices' memory: communicators need some.
+        cluster.group.repeated(lambda: cluster.group.form(placement.config), "forming the group")
 
     # ---- hooks
 
@@ -178,34 +183,35 @@ class WorkerLink:
             hooks_key=None if patcher is None else self._hooks_key(patcher),
             load=self._load_inputs(),
         )
-        out = self._step(inputs)
-        device = (x[0] if isinstance(x, (list, tuple)) else x).device
-        return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
-
-    def _step(self, inputs: StepInputs) -> ModelOutput:
-        """A step on the workers. Where memory runs out it is tried once more with less, and so are the run's later ones.
-
-        Raises ComfyUI's own out-of-memory error if that is too much, too.
-        """
         poll = comfy.model_management.throw_exception_if_processing_interrupted
 
-        def step() -> ModelOutput:
-            saved = inputs if self._saving is None else self._saving.applied_to(inputs)
-            out = self.remote.call_together(ask_together(ComfyHost.forward, saved), self.placement.config, poll=poll)
+        def step(saving: MemorySaving | None) -> ModelOutput:
+            call = ask_together(ComfyHost.forward, inputs if saving is None else saving.step(inputs))
+            out = self.remote.call_together(call, self.placement.config, poll=poll)
             assert out is not None, "rank 0 answers"
             return out
 
+        out = self._within_memory(step)
+        device = (x[0] if isinstance(x, (list, tuple)) else x).device
+        return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
+
+    def _within_memory(self, work: Callable[[MemorySaving | None], _Result]) -> _Result:
+        """What the work gives. Where memory runs out it is tried once more with less, and so is the rest of the run.
+
+        Raises ComfyUI's own out-of-memory error if that is too much, too.
+        """
         try:
-            return step()
+            return work(self._saving)
         except OutOfMemory as error:
             short = error
         if self._saving is None:
             placed = self.remote.call(ask(ComfyHost.placed_bytes), "measuring", range(self.placement.config.world_size))
-            self._saving = MemorySaving.after(placed, self.placement.weight_budget)
+            weight_bytes = self.remote.source.weight_bytes
+            self._saving = MemorySaving.after(placed, weight_bytes, self.placement.weight_budget)
             logger.warning("%s; trying again with %s", short, self._saving)
             self.remote.call(ask(ComfyHost.unload), "giving memory back")
             try:
-                return step()
+                return work(self._saving)
             except OutOfMemory as error:
                 short = error
         self.remote.call(ask(ComfyHost.unload), "giving memory back")
@@ -221,8 +227,13 @@ class WorkerLink:
                 f"the conditioning is {context.shape[-1]} wide, which this {self.spec.model_version} model's text "
                 "connector does not take; encode the text with the text encoder of this LTX version"
             )
-        call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, self._load_inputs()))
-        return self.remote.call(call, "the text connector", ranks=[0])[0].to(context.device)
+
+        def connect(saving: MemorySaving | None) -> Tensor:
+            load = self._load_inputs() if saving is None else saving.load(self._load_inputs())
+            call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, load))
+            return self.remote.call(call, "the text connector", ranks=[0])[0]
+
+        return self._within_memory(connect).to(context.device)
 
     def _load_inputs(self) -> LoadInputs:
         return LoadInputs(

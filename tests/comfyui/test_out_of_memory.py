@@ -92,6 +92,9 @@ def test_out_of_memory_costs_a_step_and_no_worker(comfy, tmp_path):
 def test_the_budget_is_halved_and_never_nothing(comfy):
     from rayltx.comfy_dist.main_process.memory_saving import MemorySaving
 
-    assert MemorySaving.after({0: 20 * 2**30, 1: 12 * 2**30}, 0).weight_budget == 10 * 2**30
-    assert MemorySaving.after({0: 20 * 2**30}, 8 * 2**30).weight_budget == 4 * 2**30
-    assert MemorySaving.after({0: 0}, 0).weight_budget == 64 * 2**20
+    gib = 2**30
+    assert MemorySaving.after({0: 20 * gib, 1: 12 * gib}, 20 * gib, 0).weight_budget == 10 * gib
+    assert MemorySaving.after({0: 20 * gib}, 20 * gib, 8 * gib).weight_budget == 4 * gib
+    assert MemorySaving.after({0: 0, 1: 0}, 20 * gib, 0).weight_budget == 10 * gib, "the workers are others"
+    assert MemorySaving.after({0: 0, 1: 0}, 20 * gib, 12 * gib).weight_budget == 6 * gib
+    assert MemorySaving.after({0: 10}, 10, 0).weight_budget == 64 * 2**20

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -160,6 +161,15 @@ def test_a_silent_rank_is_named_and_replaced(cluster, loaded, tmp_path, monkeypa
     finally:
         object.__setattr__(cluster.request, "step_timeout_s", 60.0)
     assert worst_error(remote.forward(fail, ParallelConfig(3, 1)), reference) < 2e-6
+
+
+def test_a_worker_that_dies_between_runs_is_replaced_when_ranks_share_otherwise(cluster, loaded):
+    """Forming a group for another number of ranks meets the loss first."""
+    remote, inputs, reference = loaded
+    remote.forward(inputs, ParallelConfig(2, 1))
+    os.kill(cluster.workers()[1].pid, signal.SIGKILL)
+    cluster.group.repeated(lambda: cluster.group.form(ParallelConfig(3, 1)), "forming the group")
+    assert worst_error(remote.forward(inputs, ParallelConfig(3, 1)), reference) < 2e-6
 
 
 def test_a_cancelled_step_leaves_the_next_one_right(cluster, loaded):

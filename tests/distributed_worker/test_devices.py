@@ -94,7 +94,7 @@ def test_cards_that_differ_are_named_in_a_warning(cards, caplog):
 def test_a_torch_without_nccl_is_refused(cards, monkeypatch):
     cards("RTX 4090", "RTX 4090")
     monkeypatch.setattr("torch.distributed.is_backend_available", lambda backend: False)
-    with pytest.raises(DeviceError, match="GPU=2: this torch has no nccl"):
+    with pytest.raises(DeviceError, match="2 workers: this torch has no nccl"):
         check_machine(ClusterRequest(workers=2, device="cuda"))
     check_machine(ClusterRequest(workers=1, device="cuda"))
 

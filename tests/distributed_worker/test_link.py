@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import ray
 
 from rayltx import devices
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
@@ -44,9 +45,12 @@ def with_peer_to_peer(monkeypatch):
     """The CPU as a device whose peer-to-peer copies can be turned off."""
     kind = dataclasses.replace(devices.KINDS["cpu"], peer_to_peer_off=(("RAYLTX_TESTS_PEER_TO_PEER_OFF", "1"),))
     monkeypatch.setitem(devices.KINDS, "cpu", kind)
+    monkeypatch.setattr(ClusterRequest, "gpu_names", lambda request: ("CPU", "CPU"))
 
 
-@pytest.mark.parametrize("damage", ["corrupt", pytest.param("hang", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "damage", ["corrupt bulk", *(pytest.param(d, marks=pytest.mark.slow) for d in ("corrupt", "hang"))]
+)
 def test_a_link_that_corrupts_or_hangs_is_used_without_peer_to_peer(
     request_for, with_peer_to_peer, tmp_path, caplog, damage
 ):
@@ -88,6 +92,17 @@ def test_too_little_shared_memory_is_told_from_a_bad_link(request_for, with_peer
     assert "without peer-to-peer" not in caplog.text
 
 
+def test_a_cluster_whose_ray_was_ended_by_others_stays_ended():
+    request = ClusterRequest(workers=1)
+    with Cluster.start(request) as old:
+        old.workers()
+        ray.shutdown()
+        assert not old.is_alive()
+        with Cluster.start(request) as new:
+            new.workers()
+            assert new.is_alive() and not old.is_alive()
+
+
 def test_findings_are_kept_by_the_gpus_that_they_are_about(tmp_path):
     path = tmp_path / "folder" / "machine.json"
     cards, others = ("RTX 4090", "RTX 4090"), ("RTX 3090", "RTX 3090")
@@ -100,5 +115,8 @@ def test_findings_are_kept_by_the_gpus_that_they_are_about(tmp_path):
     for damaged in ("[]", "{", '{"without peer-to-peer": 3}'):
         path.write_text(damaged)
         assert not MachineRecord(str(path), cards).needs_no_peer_to_peer()
+    path.unlink()
+    MachineRecord(str(path), ()).remember_no_peer_to_peer()
+    assert not path.exists(), "other machines' cards have no names here"
     MachineRecord("", cards).remember_no_peer_to_peer()
     assert not MachineRecord("", cards).needs_no_peer_to_peer()

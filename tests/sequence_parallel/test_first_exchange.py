@@ -29,7 +29,7 @@ def report_with(damage, damaged_rank, degrees):
 
     def damaged_all_to_all(received, *args, async_op=False, **kwargs):
         work = all_to_all(received, *args, async_op=async_op, **kwargs)
-        if dist.get_rank() == damaged_rank and received.numel():
+        if dist.get_rank() == damaged_rank and received.nbytes > (2**14 if damage == "large" else 0):
             if work is not None:
                 work.wait()
             received[-1] += 1
@@ -42,7 +42,7 @@ def report_with(damage, damaged_rank, degrees):
             operations[-1].tensor.zero_()
         return []
 
-    dist.all_to_all_single = damaged_all_to_all if damage == "all-to-all" else all_to_all
+    dist.all_to_all_single = damaged_all_to_all if damage in ("all-to-all", "large") else all_to_all
     dist.batch_isend_irecv = damaged_pass if damage == "send and receive" else passed
     try:
         report(degrees)
@@ -59,6 +59,12 @@ def test_one_wrong_number_is_noticed_by_the_rank_that_it_comes_to(ranks, degrees
     found = ranks.run(world_size, report_with, "all-to-all", 1, degrees)
     assert "rank 1 received other numbers than were sent, in trading tokens for heads" in found[1]
     assert [rank for rank, text in enumerate(found) if text] == [1], "the others are through, and go on"
+
+
+def test_large_messages_are_looked_at_too(ranks):
+    """They go by another way than small ones."""
+    found = ranks.run(2, report_with, "large", 1, (2, 1))
+    assert found[1].endswith("in messages of 32768 bytes") and not found[0]
 
 
 @pytest.mark.parametrize("degrees", [(1, 3), (2, 2)])
