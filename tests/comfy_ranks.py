@@ -183,9 +183,11 @@ _for_good = contextlib.ExitStack()
 def enter_short_of_memory(payload, device):
     """A bootstrap of workers whose model runs out of memory, in CUDA's words, while a file says that it does.
 
-    payload: (environment, folder). `folder/rank 0` and so on hold how often that rank's next forwards fail.
+    payload: (environment, folder). `folder/rank 0` and so on hold how often that rank's next forwards fail; a rank for which
+    there is a `folder/rank 0 waits` waits for an hour, as one does in an exchange on a GPU, and the file is gone.
     """
     import os
+    import time
     from pathlib import Path
 
     from rayltx.comfy_dist.comfy_environment import enter
@@ -199,6 +201,10 @@ def enter_short_of_memory(payload, device):
     def short_of_memory(self, *args, **kwargs):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         file = Path(folder) / f"rank {rank}"
+        waits = file.with_name(f"{file.name} waits")
+        if waits.exists():
+            waits.unlink()
+            time.sleep(3600)
         left = int(file.read_text()) if file.exists() else 0
         if left > 0:
             file.write_text(str(left - 1))

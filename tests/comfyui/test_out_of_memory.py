@@ -26,6 +26,7 @@ from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
 from rayltx.comfy_dist.comfy_host import COMFY_HOST, ComfyHost
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.twin import load_twin
+from rayltx.distributed_worker import outcomes
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import Bootstrap, ClusterRequest
 from rayltx.distributed_worker.worker_calls import ask
@@ -75,6 +76,15 @@ with Cluster.start(ClusterRequest(workers=2, host=COMFY_HOST, bootstrap=bootstra
     assert set(placed.values()) == {0}, placed
     assert torch.equal(sample(0, 0), right)
     assert [info.pid for info in cluster.workers()] == pids
+
+    # A neighbour that waits, and notices nothing, is replaced; the budget is no less for it.
+    outcomes.GRACE_S = 1.0
+    (Path(folder) / "rank 1 waits").touch()
+    assert torch.equal(sample(1, 0), right)
+    now = [info.pid for info in cluster.workers()]
+    assert now[0] == pids[0] and now[1] != pids[1], (pids, now)
+    warned = [text for text in messages if "ran out of memory" in text]
+    assert len(warned) == 1 and "rank 0 of 2" in warned[0], messages
 """
 
 
