@@ -27,11 +27,11 @@ from rayltx.comfy_dist.main_process.forwarding import (
     register_unimportable_modules,
     remote_options,
 )
+from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text_to_connect, estimated_shape
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving, advice
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.self_test_record import prove_seam
-from rayltx.comfy_dist.model_spec import text_width
 from rayltx.comfy_dist.wire import ConstantOptions, HookPatches, LoadInputs, PatchState, StepInputs, TextInputs
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
@@ -173,8 +173,8 @@ class WorkerLink:
         arguments.update(arguments.pop("kwargs", {}))
         options: Options = dict(arguments.pop("transformer_options", None) or {})
         x = arguments["x"]
-        self._check_inputs(model, x, arguments.get("context"))
-        self.latent_shape = _latent_shape(x)
+        check_inputs(model, self.spec.model_version, x, arguments.get("context"))
+        self.latent_shape = estimated_shape(x)
         patcher = self.base_model.current_patcher
         inputs = StepInputs(
             arguments=arguments,
@@ -220,13 +220,7 @@ class WorkerLink:
     def preprocess_text_embeds(self, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> Tensor:
         """The text connector, which is part of the weights. One worker is enough for it."""
         context = args[0]
-        model = self.base_model.diffusion_model
-        both = model.cross_attention_dim + model.audio_cross_attention_dim
-        if context.shape[-1] not in (model.caption_channels, 2 * model.caption_channels, both):
-            raise InputError(
-                f"the conditioning is {context.shape[-1]} wide, which this {self.spec.model_version} model's text "
-                "connector does not take; encode the text with the text encoder of this LTX version"
-            )
+        check_text_to_connect(self.base_model.diffusion_model, self.spec.model_version, context)
 
         def connect(saving: MemorySaving | None) -> Tensor:
             load = self._load_inputs() if saving is None else saving.load(self._load_inputs())
@@ -259,27 +253,6 @@ class WorkerLink:
             self._sent_options = (key, message)
         return self._sent_options[0]
 
-    def _check_inputs(self, model: DiffusionModel, x: Tensor | list[Tensor], context: Tensor | None) -> None:
-        """Raises InputError for latents and text of another model, before the workers stumble over them."""
-        video = x[0] if isinstance(x, (list, tuple)) else x
-        version = self.spec.model_version
-        if video.ndim == 3:  # ComfyUI packs several streams into one before a model that has one asks for them apart
-            raise InputError(
-                f"the latent holds video and audio, and this {version} model has no audio: give it the video latent alone "
-                "(LTXVSeparateAVLatent), or load an LTX-2 checkpoint"
-            )
-        if video.ndim != 5 or video.shape[1] != model.in_channels:
-            raise InputError(
-                f"the latent has the shape {tuple(video.shape)}: a {version} model takes (batch, {model.in_channels}, frames, "
-                "height, width); use an empty LTX latent, or the VAE of this model"
-            )
-        width = text_width(model)
-        if context is not None and context.shape[-1] != width:
-            raise InputError(
-                f"the conditioning is {context.shape[-1]} wide, and this {version} model takes {width}; encode the text with "
-                "the text encoder of this LTX version"
-            )
-
     # ---- memory
 
     def end_run(self, free: bool) -> None:
@@ -304,11 +277,3 @@ class WorkerLink:
             return 0
         index = device.index or 0
         return self.remote.source.weight_bytes if self.cluster.uses_gpu(index) else 0
-
-
-def _latent_shape(x: Tensor | list[Tensor]) -> list[int]:
-    """As ComfyUI estimates memory by: an audio-video latent counts as one packed stream."""
-    if isinstance(x, (list, tuple)):
-        batch = x[0].shape[0]
-        return [batch, 1, sum(stream.numel() for stream in x) // batch]
-    return list(x.shape)
