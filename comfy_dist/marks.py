@@ -1,6 +1,7 @@
 """Every attribute that RayLTX puts on an object of ComfyUI's, and how a MODEL of ours is told from others by one.
 
-What the seam puts into the options of a call is named in `diffusion_models.lightricks.comfyui_host`. Needs no Ray.
+But for what the seam puts there for the time of one forward, and into the options of a call: that is named at the top of
+`diffusion_models.lightricks.comfyui_host`, which knows no other part of ComfyUI. Needs no Ray.
 """
 
 from __future__ import annotations
