@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 
-from rayltx.whole_files import appearing_whole
-
-logger = logging.getLogger(__name__)
+from rayltx.json_records import read_record, write_record
 
 _WITHOUT_PEER_TO_PEER = "without peer-to-peer"
 
@@ -28,21 +24,9 @@ class MachineRecord:
         """Start these GPUs' workers without peer-to-peer copies from now on. Warns where that cannot be written down."""
         if not self._path or not self._gpus:
             return
-        path = Path(self._path)
-        found = sorted({*self._read(), self._gpus})
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with appearing_whole(path) as temporary:
-                temporary.write_text(json.dumps({_WITHOUT_PEER_TO_PEER: found}, indent=1))
-        except OSError as error:
-            logger.warning("what was found about the GPUs cannot be kept (%s): it will be tried at each start", error)
+        record = {_WITHOUT_PEER_TO_PEER: sorted({*self._read(), self._gpus})}
+        write_record(Path(self._path), record, "what was found about the GPUs", "it will be tried at each start")
 
     def _read(self) -> list[str]:
-        if not self._path:
-            return []
-        try:
-            found = json.loads(Path(self._path).read_text())
-        except (OSError, ValueError):  # none yet, or damaged: it is found out again
-            return []
-        listed = found.get(_WITHOUT_PEER_TO_PEER, []) if isinstance(found, dict) else []
+        listed = read_record(Path(self._path)).get(_WITHOUT_PEER_TO_PEER) if self._path else None
         return [gpus for gpus in listed if isinstance(gpus, str)] if isinstance(listed, list) else []

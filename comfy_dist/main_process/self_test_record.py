@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,8 +25,8 @@ from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker import WorkerInfo
 from rayltx.distributed_worker.worker_calls import ask_together
 from rayltx.errors import RanksDisagree, RanksFailedAlike
+from rayltx.json_records import read_record, write_record
 from rayltx.sequence_parallel.partition import ParallelConfig
-from rayltx.whole_files import appearing_whole
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def prove_seam(
         return
     about = f"ComfyUI {spec.version}, {spec.model_version}"
     key = verdict_key(spec, base_model, placement, workers)
-    passed = _read()
+    passed = read_record(_path())
     if key in passed:
         return
     started = time.monotonic()
@@ -62,7 +61,8 @@ def prove_seam(
         "%s: exact on %d ranks (%d kinds of input, largest error %.1e, %.1f s)",
         about, config.world_size, len(errors), worst, time.monotonic() - started,
     )  # fmt: skip
-    _write({**passed, key: {"about": about, "largest_error": worst, "world_size": config.world_size}})
+    record = {**passed, key: {"about": about, "largest_error": worst, "world_size": config.world_size}}
+    write_record(_path(), record, "the self-test's verdict", "it will be run at every load")
 
 
 def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float | str]:
@@ -114,21 +114,3 @@ def _settled(value: object) -> str:
 
 def _path() -> Path:
     return user_folder() / "self_test.json"
-
-
-def _read() -> dict[str, Any]:
-    try:
-        found = json.loads(_path().read_text())
-    except (OSError, ValueError):  # none yet, or damaged: the test is run again
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(verdicts: dict[str, Any]) -> None:
-    path = _path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing_whole(path) as temporary:
-            temporary.write_text(json.dumps(verdicts, indent=1))
-    except OSError as error:
-        logger.warning("the self-test's verdict cannot be kept (%s): it will be run at every load", error)
