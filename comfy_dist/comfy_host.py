@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rayltx.comfy_dist.wire import ConstantOptions, HookPatches, PatchState, StepInputs, TextInputs
+from rayltx.comfy_dist.wire import ConstantOptions, Difference, HookPatches, PatchState, StepInputs, TextInputs
 from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.worker_calls import collective, individual
 from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -37,6 +37,14 @@ class ComfyHost(Host, Protocol):
         """Compare a tiny model of this class and configuration, sharded, with itself. Returns errors by kind of input.
 
         In place of an error stands what the model said when it could not be sharded at all. Rank 0's count.
+        """
+        ...
+
+    @collective
+    def kernel_test(self, group: SequenceParallelGroup) -> dict[str, Difference]:
+        """Compare the model's own first blocks, sharded, with themselves, as they will run. By kind of input; rank 0's count.
+
+        Raises what the model and its kernels raise.
         """
         ...
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, ModelConfig
 from rayltx.comfy_dist.gguf_spec import GGUFSpec
 
+TEXT_MODULES = ("audio_embeddings_connector", "video_embeddings_connector")
+"""Names of modules that no forward of the model runs: they prepare the text for all of them."""
+
 
 @dataclass(frozen=True)
 class ComfySpec:
@@ -24,6 +27,13 @@ class ComfySpec:
     manual_cast_dtype: torch.dtype | None
     fp8_optimizations: bool = False
     gguf: GGUFSpec | None = None
+    # The dtypes and quantised formats that occur among the weights, sorted: which kernels run is chosen by them.
+    weight_kinds: tuple[str, ...] = ()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the model is handed its inputs in, and computes in."""
+        return self.manual_cast_dtype or self.unet_dtype
 
 
 def build_base_model(
@@ -64,7 +74,7 @@ def missing_text_modules(model: torch.nn.Module, tensors: Mapping[str, object]) 
 
     Text that was encoded with them does not need them. A module that is there in part is not left out, but damaged.
     """
-    names = ["audio_embeddings_connector", "video_embeddings_connector"]
+    names = list(TEXT_MODULES)
     if getattr(model, "caption_proj_before_connector", False):
         names += ["caption_projection", "audio_caption_projection"]
     present = {name.split(".")[0] for name in tensors}

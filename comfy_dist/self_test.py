@@ -190,8 +190,12 @@ def _guide_arguments(case: Case, batch: int, height: int, width: int, device: to
 
 
 def call(model: DiffusionModel, case: Case, device: torch.device) -> list[Tensor]:
-    """The model's answer: video, and audio if there is any."""
-    args, kwargs = forward_arguments(model, case, device)
+    """The model's answer to a case in float32."""
+    return answer(model, *forward_arguments(model, case, device))
+
+
+def answer(model: DiffusionModel, args: tuple[object, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """What the model's forward gives: video, and audio if there is any."""
     accepted = inspect.signature(model.forward).parameters
     assert "kwargs" in accepted or set(kwargs) <= set(accepted)
     out = model(*args, **kwargs)

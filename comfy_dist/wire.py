@@ -69,3 +69,15 @@ class PatchState:
     weight_wrapper_patches: dict[str, list[object]] = field(default_factory=dict)
     injections: dict[str, list[object]] = field(default_factory=dict)
     force_cast_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative errors: of an answer on several ranks against that on one, and the largest that rounding accounts for."""
+
+    error: float
+    allowed: float
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.error <= self.allowed

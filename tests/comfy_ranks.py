@@ -257,3 +257,38 @@ def disguised_cases(path, version, degrees):
             assert whole_error < 1e-5, "the device itself"
             found[case.name] = (*run(case, sharded(model, group)), of_whole)
         return found
+
+
+def kernel_differences(path, version, degrees, dtype, wrong_kernel=False):
+    """The kernel test's findings for a model with heads of real widths. wrong_kernel: the half-precision ring's is."""
+    from comfy_models import CONFIGS, model_class, set_up_comfyui
+
+    set_up_comfyui(path)
+    import comfy.ops
+
+    from rayltx.comfy_dist.self_test import errors_by_case, tiny_model
+    from rayltx.comfy_dist.worker_process.kernel_test import differences_by_case
+    from rayltx.diffusion_models.lightricks.random_weights import randomise
+    from rayltx.sequence_parallel import local_attention
+
+    cpu = torch.device("cpu")
+    config = {**CONFIGS[version], "num_layers": 3, "attention_head_dim": 128 if version != "LTX-Video" else 64}
+    config["cross_attention_dim"] = config["num_attention_heads"] * config["attention_head_dim"]
+    if version != "LTX-Video":
+        config["audio_attention_head_dim"] = 64
+        config["audio_cross_attention_dim"] = config["audio_num_attention_heads"] * 64
+    model = model_class(version)(**config, dtype=dtype, device=cpu, operations=comfy.ops.disable_weight_init)
+    randomise(model, 0)
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    right = local_attention._cpu_attention
+
+    def in_other_units(q, *args):
+        out, lse = right(q, *args)
+        return out, lse if q.dtype == torch.float32 else lse * 1.4427  # of a kernel that answers in powers of two
+
+    with mock.patch.object(local_attention, "_cpu_attention", in_other_units if wrong_kernel else right):
+        before = _state(model)
+        errors = errors_by_case(tiny_model(type(model), CONFIGS[version], cpu), group, cpu)
+        differences = differences_by_case(model.requires_grad_(False), group, dtype, cpu)
+        assert _state(model) == before, "the test left something on the model"
+    return errors, differences

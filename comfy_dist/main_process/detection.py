@@ -7,6 +7,7 @@ own free memory could decide otherwise.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 from collections.abc import Iterator, Mapping
@@ -93,7 +94,9 @@ def detect(
         base_model = build_base_model(config, spec, tensors, device=torch.device("meta"))
     tensors = config.process_unet_state_dict(tensors)
     _check_parameters(checkpoint, base_model.diffusion_model, tensors)
-    return Detected(spec, base_model, tensors, _conversions(base_model, tensors, file_tensors, spec))
+    dtypes = _conversions(base_model, tensors, file_tensors, spec)
+    spec = dataclasses.replace(spec, weight_kinds=_weight_kinds(tensors, dtypes, spec))
+    return Detected(spec, base_model, tensors, dtypes)
 
 
 def check_version() -> None:
@@ -161,6 +164,17 @@ def _check_parameters(checkpoint: Checkpoint, model: torch.nn.Module, tensors: M
             f"{checkpoint.path}: its metadata and its tensors disagree: {'; '.join(complaints[:4])}{more}; if it was "
             "converted, convert it again with its `config` metadata kept"
         )
+
+
+def _weight_kinds(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], spec: ComfySpec) -> tuple[str, ...]:
+    """The dtypes and quantised formats that occur among the weights as they are held, sorted."""
+    blocks = {} if spec.gguf is None else spec.gguf.formats
+    held = {str(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items() if name not in blocks}
+    kinds = {name.removeprefix("torch.") for name in held}
+    kinds |= {found.type.name for found in blocks.values()}
+    # What a quantised layer says of itself, JSON in bytes.
+    kinds |= {bytes(tensor.tolist()).decode() for name, tensor in tensors.items() if name.endswith(".comfy_quant")}
+    return tuple(sorted(kinds))
 
 
 def _conversions(

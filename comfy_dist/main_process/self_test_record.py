@@ -20,16 +20,18 @@ from rayltx.comfy_dist.comfy_types import BaseModel
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.model_spec import ComfySpec
 from rayltx.comfy_dist.self_test import check_errors
+from rayltx.comfy_dist.wire import Difference
 from rayltx.distributed_worker.rank_group import START_TIMEOUT_S
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker import WorkerInfo
 from rayltx.distributed_worker.worker_calls import ask_together
-from rayltx.errors import RanksDisagree, RanksFailedAlike
+from rayltx.errors import OutOfMemory, RanksDisagree, RanksFailedAlike, SelfTestError
 from rayltx.json_records import read_record, write_record
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
+_TESTS = ("self_test.py", "worker_process/kernel_test.py")
 _COLLECTIVES_VARIABLES = ("NCCL_", "TORCH_NCCL_")
 _KERNEL_WORDS = ("attention", "fast", "fp8", "fp16", "bf16", "fp32", "fp64", "deterministic")
 
@@ -40,7 +42,8 @@ def prove_seam(
     """Try the seam on the ranks that will use it, unless it has passed there before.
 
     workers: all of the cluster, by rank.
-    Raises SelfTestError if a tiny model of this class and configuration gives something else on these ranks than alone.
+    Raises SelfTestError if a tiny model of this class and configuration gives something else on these ranks than alone, or
+    this model's first blocks do.
     """
     config = placement.config
     if config.world_size == 1:
@@ -57,12 +60,29 @@ def prove_seam(
         errors = {"every kind of input": str(error).splitlines()[0]}
     check_errors(errors, about)
     worst = max(errors.values())
+    try:
+        differences = ask_differences(remote, config)
+    except OutOfMemory as error:  # there is a way on with less memory for sampling, and none here
+        logger.warning(
+            "%s: no memory to try this model's own kernels on several ranks, so they are not: %s", about, error
+        )
+        return
+    check_differences(differences, about, spec)
+    in_dtype = max(differences.values(), key=lambda difference: difference.error)
     logger.info(
-        "%s: exact on %d ranks (%d kinds of input, largest error %.1e, %.1f s)",
-        about, config.world_size, len(errors), worst, time.monotonic() - started,
+        "%s: exact on %d ranks (%d kinds of input, largest error %.1e; with its own layers, in %s, %.1e of %.1e that rounding "
+        "accounts for; %.1f s)",
+        about, config.world_size, len(errors), worst, dtype_name(spec), in_dtype.error, in_dtype.allowed,
+        time.monotonic() - started,
     )  # fmt: skip
-    record = {**passed, key: {"about": about, "largest_error": worst, "world_size": config.world_size}}
-    write_record(_path(), record, "the self-test's verdict", "it will be run at every load")
+    verdict = {
+        "about": about,
+        "largest_error": worst,
+        "largest_difference": in_dtype.error,
+        "dtype": dtype_name(spec),
+        "world_size": config.world_size,
+    }
+    write_record(_path(), {**passed, key: verdict}, "the self-test's verdict", "it will be run at every load")
 
 
 def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float | str]:
@@ -71,11 +91,36 @@ def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float |
     return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, repeats=0)
 
 
+def ask_differences(remote: RemoteModel, config: ParallelConfig) -> dict[str, Difference]:
+    """How far the model's own first blocks are, on the ranks of a group, from themselves. Raises as `ask_errors`."""
+    call = ask_together(ComfyHost.kernel_test)
+    return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, repeats=0)
+
+
+def dtype_name(spec: ComfySpec) -> str:
+    return str(spec.compute_dtype).removeprefix("torch.")
+
+
+def check_differences(differences: Mapping[str, Difference], about: str, spec: ComfySpec) -> None:
+    """Raises SelfTestError, naming what differs and by how much, unless rounding accounts for it."""
+    wrong = [
+        f"{name} by {difference.error:.1e} (rounding accounts for {difference.allowed:.1e})"
+        for name, difference in differences.items()
+        if not difference.is_rounding
+    ]
+    if wrong:
+        raise SelfTestError(
+            f"{about}: exact on several ranks in float32, but not with this model's layers ({', '.join(spec.weight_kinds)}; "
+            f"computed in {dtype_name(spec)}) and the attention kernel chosen: {'; '.join(wrong)}. Choose another attention "
+            "(ComfyUI's --use-pytorch-cross-attention), another weight_dtype, or one GPU"
+        )
+
+
 def verdict_key(spec: ComfySpec, base_model: BaseModel, placement: Placement, workers: Sequence[WorkerInfo]) -> str:
     """Changes with anything that the verdict could depend on.
 
     That is ComfyUI's code, ours, torch, the model, the degrees; the ranks' devices, with what drives them and lets them talk;
-    and what was asked of ComfyUI's kernels and of NCCL.
+    what the weights are held and computed in; and what was asked of ComfyUI's kernels and of NCCL.
     """
     config = placement.config
     model_class = next(c for c in type(base_model.diffusion_model).__mro__ if c.__module__.startswith("comfy."))
@@ -83,13 +128,14 @@ def verdict_key(spec: ComfySpec, base_model: BaseModel, placement: Placement, wo
     digest = hashlib.sha256()
     folders = (folder, folder.parent / "modules", ROOT / "diffusion_models" / "lightricks", ROOT / "sequence_parallel")
     sources = [path for part in folders for path in sorted(part.glob("*.py"))]
-    for source in (*sources, ROOT / "comfy_dist" / "self_test.py"):
+    for source in (*sources, *(ROOT / "comfy_dist" / name for name in _TESTS)):
         digest.update(source.read_bytes())
     unet_config = {k: v for k, v in base_model.model_config.unet_config.items() if k != "dtype"}
     devices = [worker.device_description for worker in workers[: config.world_size]]
     rest = (
         spec.version, VERSION, torch.__version__, model_class.__name__, as_text(unet_config), config.ulysses_degree,
         config.ring_degree, devices, _kernel_arguments(placement),
+        dtype_name(spec), spec.fp8_optimizations, spec.weight_kinds,
         sorted((name, value) for name, value in os.environ.items() if name.startswith(_COLLECTIVES_VARIABLES)),
     )  # fmt: skip
     digest.update(json.dumps(rest).encode())

@@ -13,7 +13,16 @@ from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
 from rayltx.comfy_dist.comfy_types import DiffusionModel, Model, Options
 from rayltx.comfy_dist.model_spec import ComfySpec
 from rayltx.comfy_dist.self_test import errors_by_case, tiny_model
-from rayltx.comfy_dist.wire import ConstantOptions, HookPatches, LoadInputs, PatchState, StepInputs, TextInputs
+from rayltx.comfy_dist.wire import (
+    ConstantOptions,
+    Difference,
+    HookPatches,
+    LoadInputs,
+    PatchState,
+    StepInputs,
+    TextInputs,
+)
+from rayltx.comfy_dist.worker_process.kernel_test import differences_by_case
 from rayltx.comfy_dist.worker_process.model_on_shared_weights import build_on
 from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
@@ -107,6 +116,12 @@ class ComfyModel(ComfyHost):
         with torch.inference_mode():
             model = tiny_model(type(self.diffusion_model), self._base.model.model_config.unet_config, device)
         return errors_by_case(model, group, device)
+
+    def kernel_test(self, group: SequenceParallelGroup) -> dict[str, Difference]:
+        try:
+            return differences_by_case(self.diffusion_model, group, self._spec.compute_dtype, self._base.load_device)
+        finally:
+            give_back_freed_memory()
 
     # ---- memory
 

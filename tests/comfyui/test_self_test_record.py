@@ -31,10 +31,11 @@ def key(comfy, tmp_path):
     save_tiny_checkpoint(tmp_path / "model.safetensors", "LTX-2")
     detected = detect(open_checkpoint(tmp_path / "model.safetensors"))
 
-    def get(config=ULYSSES, workers=(CARD, CARD), **arguments):
+    def get(config=ULYSSES, workers=(CARD, CARD), weight_kinds=("bfloat16",), **arguments):
+        spec = dataclasses.replace(detected.spec, weight_kinds=weight_kinds)
         environment = ComfyEnvironment(str(find_comfyui()), {"port": 8188, "use_sage_attention": False, **arguments})
         request = ClusterRequest(workers=3, bootstrap=environment.bootstrap())
-        return verdict_key(detected.spec, detected.base_model, Placement(request, config), workers)
+        return verdict_key(spec, detected.base_model, Placement(request, config), workers)
 
     return get
 
@@ -50,6 +51,7 @@ def test_it_counts_for_the_same_circumstances_alone(key, monkeypatch):
         key(workers=(driver, driver)),
         key(use_sage_attention=True),
         key(fp8_e4m3fn_unet=True),
+        key(weight_kinds=("bfloat16", "float8_e4m3fn")),
     ]
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
     keys.append(key())

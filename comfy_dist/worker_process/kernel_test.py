@@ -1,0 +1,119 @@
+"""Do the layers and kernels of this run give on several ranks what they give on one?
+
+The self-test proves the sharding, in float32 and with narrow heads: the kernels of a real run are others. Here the model's
+own first blocks run, with its weights, widths, dtype, quantised layers and choice of attention. In half precision no two
+ways of adding up agree, so what counts as equal is measured too: by how much the answer moves when each linear layer rounds
+to a neighbouring number. (On CPU ranks in half precision: right kernels 0.3 to 0.4 of that, ones whose log-sum-exp is in other
+units 1.1 to 1.4 in bfloat16 and 8 in float16.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayltx.comfy_dist.comfy_types import DiffusionModel
+from rayltx.comfy_dist.model_spec import TEXT_MODULES
+from rayltx.comfy_dist.self_test import Case, answer, cases_for, forward_arguments
+from rayltx.comfy_dist.wire import Difference
+from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+
+_BLOCKS = 2  # the second sees what the first made of every stream
+# One for each way to call a kernel: text masks, batches, no mask and masks of self-attention; and audio in all of them.
+_CASES = ("text to video", "image to video", "guide with a strength", "guide with a pixel mask")
+_SHARPNESS = 4.0
+
+
+def differences_by_case(
+    model: DiffusionModel, group: SequenceParallelGroup, dtype: torch.dtype, device: torch.device
+) -> dict[str, Difference]:
+    """How far the first blocks' answer on several ranks is from that on one, and how far it may be.
+
+    model: the one with weights, wherever they are; its blocks' copies on the device are gone afterwards.
+    dtype: that the model computes in. Counts on rank 0. Collective.
+    """
+    found: dict[str, Difference] = {}
+    with torch.inference_mode():
+        short = first_blocks(model, device)
+        _sharpen(short)
+        for case in cases_for(short):
+            if case.name not in _CASES:
+                continue
+            whole = _call(short, case, dtype, device)
+            with rounded_otherwise(short):
+                noise = _worst_error(_call(short, case, dtype, device), whole)
+            with sharded(short, group):
+                error = _worst_error(_call(short, case, dtype, device), whole)
+            found[case.name] = Difference(error, max(TOLERANCE, noise))
+    return found
+
+
+def first_blocks(model: DiffusionModel, device: torch.device) -> DiffusionModel:
+    """A copy with the first blocks alone, and without what only prepares text; weights on the device, uncopied if there."""
+    blocks = nn.ModuleList(list(model.transformer_blocks)[:_BLOCKS])
+    # What deepcopy finds here it takes in place of a copy.
+    memo: dict[int, Any] = {id(getattr(model, name, None)): None for name in TEXT_MODULES}
+    memo.pop(id(None), None)
+    left_out = {id(parameter) for name in TEXT_MODULES for parameter in _parameters(getattr(model, name, None))}
+    left_out |= {*map(id, model.transformer_blocks.parameters())} - {*map(id, blocks.parameters())}
+    for parameter in model.parameters():
+        if id(parameter) not in left_out:
+            memo[id(parameter)] = nn.Parameter(parameter.to(device), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to(device)
+    memo[id(model.transformer_blocks)] = copy.deepcopy(blocks, memo)
+    return copy.deepcopy(model, memo).to(device)
+
+
+def _parameters(module: nn.Module | None) -> Iterator[nn.Parameter]:
+    return iter(()) if module is None else module.parameters()
+
+
+def _sharpen(model: nn.Module) -> None:
+    """Make queries longer, so that few keys count for each: next to random inputs all count alike, and parts that were merged
+    with wrong weights would hardly show.
+    """
+    for name, module in model.named_modules():
+        if name.endswith(".q_norm"):
+            module.register_forward_hook(lambda module, args, out: out * _SHARPNESS)
+
+
+@contextlib.contextmanager
+def rounded_otherwise(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Let each linear layer's numbers round to a neighbour, up or down, within the `with`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def to_a_neighbour(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
+        ulps = torch.rand(out.shape, generator=generator) * 2 - 1
+        return out * (1 + torch.finfo(out.dtype).eps * ulps).to(out)
+
+    with contextlib.ExitStack() as scope:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                scope.callback(layer.register_forward_hook(to_a_neighbour).remove)
+        yield
+
+
+def _call(model: DiffusionModel, case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The model's answer to a case's inputs in the dtype that ComfyUI would hand them in: all but timesteps in its own."""
+    (x, timestep), kwargs = forward_arguments(model, case, device)
+    return answer(
+        model, (_in_dtype(x, dtype), timestep), {key: _in_dtype(value, dtype) for key, value in kwargs.items()}
+    )
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return [_in_dtype(item, dtype) for item in value] if isinstance(value, list) else value
+
+
+def _worst_error(answers: list[Tensor], references: list[Tensor]) -> float:
+    return max(map(relative_error, answers, references))
