@@ -292,3 +292,58 @@ def kernel_differences(path, version, degrees, dtype, wrong_kernel=False):
         differences = differences_by_case(model.requires_grad_(False), group, dtype, cpu)
         assert _state(model) == before, "the test left something on the model"
     return errors, differences
+
+
+def nvfp4_answers(path, degrees):
+    """By case, (error on several ranks, noise) of an LTX-2 whose blocks are NVFP4 without input scales.
+
+    Rounding to so few values is no continuous function: noise is the largest error of a few changes in the last bits.
+
+    The product itself is for Blackwell cards: here what was quantised is multiplied in the dtype that it came from.
+    """
+    from comfy_models import CONFIGS, model_class, set_up_comfyui
+
+    set_up_comfyui(path)
+    import comfy.ops
+    from comfy.quant_ops import QuantizedTensor
+
+    from rayltx.comfy_dist.self_test import cases_for, forward_arguments
+    from rayltx.comfy_dist.worker_process.kernel_test import rounded_otherwise
+    from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+    from rayltx.diffusion_models.lightricks.random_weights import randomise
+    from rayltx.diffusion_models.lightricks.relative_error import relative_error
+
+    operations = comfy.ops.mixed_precision_ops({}, torch.float32)
+    operations.Linear._forward = lambda self, x, weight, bias: torch.nn.functional.linear(
+        _plain(x), _plain(weight), bias
+    )
+    plain = model_class("LTX-2")(**CONFIGS["LTX-2"], dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    randomise(plain, 0)
+    model = model_class("LTX-2")(**CONFIGS["LTX-2"], dtype=torch.float32, operations=operations)
+    tensors = {}
+    for name, tensor in plain.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if "transformer_blocks" in name and tensor.ndim == 2 and "table" not in name:
+            tensors.update(QuantizedTensor.from_float(tensor, "TensorCoreNVFP4Layout").state_dict(name))
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+        else:
+            tensors[name] = tensor
+    model.load_state_dict(tensors, assign=True)
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    errors, before = {}, _state(model)
+    with torch.inference_mode():
+        for case in cases_for(model):
+            answers = []
+            changes = [rounded_otherwise(model, seed) for seed in range(4)]
+            for scope in (contextlib.nullcontext(), sharded(model, group), *changes):
+                args, kwargs = forward_arguments(model, case, torch.device("cpu"))
+                with scope:
+                    answers.append(model(*args, **kwargs))
+            error, *noise = (max(map(relative_error, answer, answers[0])) for answer in answers[1:])
+            errors[case.name] = error, max(noise)
+    assert _state(model) == before, "something is left on the model"
+    return errors
+
+
+def _plain(tensor):
+    return tensor.dequantize() if hasattr(tensor, "dequantize") and hasattr(tensor, "_params") else tensor

@@ -29,6 +29,7 @@ _BLOCKS = 2  # the second sees what the first made of every stream
 # One for each way to call a kernel: text masks, batches, no mask and masks of self-attention; and audio in all of them.
 _CASES = ("text to video", "image to video", "guide with a strength", "guide with a pixel mask")
 _SHARPNESS = 4.0
+_NOISE_SAMPLES = 2
 
 
 def differences_by_case(
@@ -39,7 +40,8 @@ def differences_by_case(
     model: the one with weights, wherever they are; its blocks' copies on the device are gone afterwards.
     dtype: that the model computes in. Counts on rank 0. Collective.
     """
-    found: dict[str, Difference] = {}
+    errors: dict[str, float] = {}
+    noise = [TOLERANCE]
     with torch.inference_mode():
         short = first_blocks(model, device)
         _sharpen(short)
@@ -47,12 +49,13 @@ def differences_by_case(
             if case.name not in _CASES:
                 continue
             whole = _call(short, case, dtype, device)
-            with rounded_otherwise(short):
-                noise = _worst_error(_call(short, case, dtype, device), whole)
+            for seed in range(_NOISE_SAMPLES):
+                with rounded_otherwise(short, seed):
+                    noise.append(_worst_error(_call(short, case, dtype, device), whole))
             with sharded(short, group):
-                error = _worst_error(_call(short, case, dtype, device), whole)
-            found[case.name] = Difference(error, max(TOLERANCE, noise))
-    return found
+                errors[case.name] = _worst_error(_call(short, case, dtype, device), whole)
+    # One bound for all: quantised layers jump from one value to the next, in one sample and not in another.
+    return {name: Difference(error, max(noise)) for name, error in errors.items()}
 
 
 def first_blocks(model: DiffusionModel, device: torch.device) -> DiffusionModel:
@@ -96,7 +99,7 @@ def rounded_otherwise(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
     with contextlib.ExitStack() as scope:
         for layer in model.modules():
-            if isinstance(layer, nn.Linear):
+            if hasattr(layer, "in_features"):  # ComfyUI's quantised linear layers are no nn.Linear
                 scope.callback(layer.register_forward_hook(to_a_neighbour).remove)
         yield
 

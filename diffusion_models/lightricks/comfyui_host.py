@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
 from rayltx.diffusion_models.lightricks.guide_masks import self_attention_mask_of
+from rayltx.diffusion_models.lightricks.input_scales import agreed_input_scales
 from rayltx.diffusion_models.lightricks.roles import AttentionRole
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
@@ -41,7 +42,8 @@ ROLE = "rayltx_role"
 MASK = "rayltx_self_attention_mask"
 # - `rayltx_index`, on timesteps that ComfyUI keeps compressed: (n,) int64, the row of each token of this rank;
 # - on the model: the methods that `_ShardedForward.wrappers` names; on each `block.ff`: `forward`;
-# - forward hooks, on the attention modules (a block's attributes that `AttentionRole` names) and on `proj_out`.
+# - forward hooks, on the attention modules (a block's attributes that `AttentionRole` names) and on `proj_out`;
+# - `input_scale` and a forward hook, on NVFP4 layers without one (see `input_scales`).
 
 
 @contextlib.contextmanager
@@ -64,6 +66,7 @@ def sharded(diffusion_model: Any, group: SequenceParallelGroup, feed_forward_chu
                 if attention is not None:
                     tag = functools.partial(_tag_role, role)
                     scope.callback(attention.register_forward_pre_hook(tag, with_kwargs=True).remove)
+        scope.enter_context(agreed_input_scales(diffusion_model, group))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
         if feed_forward_chunks != 1:
             scope.enter_context(chunked(diffusion_model, feed_forward_chunks))

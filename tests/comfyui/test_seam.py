@@ -3,7 +3,7 @@
 import pytest
 from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS
-from comfy_ranks import audio_of_every_rank, layer_traffic, seam_errors, tables_of_the_video
+from comfy_ranks import audio_of_every_rank, layer_traffic, nvfp4_answers, seam_errors, tables_of_the_video
 
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
 
@@ -37,6 +37,13 @@ def test_a_comfyui_that_changed_is_caught_by_name(comfy, ranks, version, sabotag
         check_errors(errors, "ComfyUI 9.9.9, LTX-Video")
     for words in ("ComfyUI 9.9.9", "text to video", "allowed 2e-06", "use one GPU until then"):
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 2)])
+def test_a_layer_that_takes_its_scale_from_all_tokens_takes_it_from_all_ranks(comfy, ranks, degrees):
+    """NVFP4 without an input scale: a rank's tokens alone have another largest value, which moved the answer by 8e-2."""
+    for case, (error, noise) in ranks.run(2, nvfp4_answers, str(find_comfyui()), degrees)[0].items():
+        assert error <= max(TOLERANCE, 1.01 * noise), case
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
