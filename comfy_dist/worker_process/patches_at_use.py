@@ -2,7 +2,8 @@
 
 A patched copy of a quantised layer would have to be quantised again, which is not what was asked for, or be kept in full,
 which is what quantising is to avoid. So the patch is added to the layer's dequantised weight each time it is used:
-memory grows by the LoRA, and the stored weight stays as it is.
+memory grows by the LoRA, and the stored weight stays as it is. Layers that are multiplied without being dequantised, and whose
+patches are LoRAs, stay so: see `low_rank_patches`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from torch import Tensor
 
 from rayltx.comfy_dist.comfy_types import Layer
 from rayltx.comfy_dist.gguf_spec import chosen_dtype
+from rayltx.comfy_dist.worker_process.low_rank_patches import (
+    multiplies_quantised,
+    put_low_rank_patches,
+    take_low_rank_patches,
+)
 
 
 class PatchAtUse:
@@ -54,9 +60,13 @@ def set_patches_at_use(
     What else is among its functions stays, before them. ComfyUI's own patches for layers that it leaves on the host go:
     they are the same patches in another form.
     """
+    before = take_low_rank_patches(layer)
     had = [f for f in layer.weight_function if isinstance(f, PatchAtUse)]
     others = [f for f in layer.weight_function if not isinstance(f, (PatchAtUse, LowVramPatch))]
     if not sources and len(others) == len(layer.weight_function):
+        return
+    layer.weight_function = others
+    if not others and multiplies_quantised(layer) and put_low_rank_patches(layer, sources, device, before):
         return
     patches = []
     for source in sources:
