@@ -7,17 +7,24 @@ run on either.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed
+from torch import Tensor
 
 from rayltx.errors import DeviceError
+
+logger = logging.getLogger(__name__)
 
 CPU = "cpu"
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -103,6 +110,44 @@ class DeviceKind:
     def probe_bytes(self) -> int:
         """That a rank sends to have the link between such devices tried and timed."""
         return 2**20 if self.name == CPU else 2**25
+
+    # ---- copies that run next to computing
+
+    def copies_by_itself(self) -> bool:
+        """Whether such a device has streams, and copies from the host's memory while it computes and the host goes on."""
+        return self.name != CPU and hasattr(self._module, "Stream")
+
+    def new_stream(self) -> Any:
+        return self._module.Stream()
+
+    def in_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        """What is asked of the device within the `with` goes to a stream of it."""
+        return self._module.stream(stream)
+
+    def current_stream(self) -> Any:
+        return self._module.current_stream()
+
+    def new_event(self) -> Any:
+        return self._module.Event()
+
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        """(num_bytes,) uint8 on the host, which the device can copy from by itself."""
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def register_host_memory(self, address: int, num_bytes: int) -> bool:
+        """Let the device copy by itself from memory that is there. Returns False where its driver does not take it."""
+        if self.name != "cuda":
+            return False
+        code = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
+        if code:
+            logger.info("the driver cannot read %d bytes of host memory by itself (error %d)", num_bytes, code)
+            # The runtime reports an error once more, to whoever asks next.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self.name).add_(1).cpu()
+        return code == 0
+
+    def unregister_host_memory(self, address: int) -> None:
+        torch.cuda.cudart().cudaHostUnregister(address)
 
     def give_back_memory(self) -> None:
         """Return what torch's allocator holds unused."""

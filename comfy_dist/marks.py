@@ -18,6 +18,7 @@ CHUNKED_FEED_FORWARD = "rayltx_chunked_feed_forward"  # key of the wrapper that 
 PATCH_DTYPE = "rayltx_patch_dtype"  # of a BaseModel: in what patches of quantised weights are computed
 HOOK_VIEWS = "rayltx_hook_views"  # of a BaseModel: the views in whose place hooks have a private copy
 HOOKS_AT_USE = "rayltx_hooks_at_use"  # of a BaseModel: patches of the hooks that are on, for quantised weights
+STREAMING = "rayltx_streaming"  # of a BaseModel: the BlockStreaming of its blocks
 LOW_RANK_PATCHES = "rayltx_low_rank_patches"  # of a quantised layer: its LoRAs, which are forward hooks
 
 

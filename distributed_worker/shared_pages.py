@@ -16,6 +16,9 @@ import weakref
 from collections.abc import Mapping
 
 import numpy as np
+from torch import Tensor
+
+from rayltx.devices import DeviceKind
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +35,52 @@ class _Region:
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
         page = mmap.PAGESIZE
-        start = min((array.ctypes.data for array in arrays), default=0)
-        stop = max((array.ctypes.data + array.nbytes for array in arrays), default=0)
-        first, last = -(-start // page) * page, stop // page * page
-        if first < last and _protect(first, last - first, _PROT_READ):
-            weakref.finalize(self, _release, first, last - first, arrays).atexit = False
+        self.start = min((array.ctypes.data for array in arrays), default=0)
+        self.stop = max((array.ctypes.data + array.nbytes for array in arrays), default=0)
+        first, last = -(-self.start // page) * page, self.stop // page * page
+        self._pages = first, max(0, last - first)
+        self._registered: list[DeviceKind] = []  # with whose driver
+        self._refused: set[str] = set()
+        if first < last and _protect(*self._pages, _PROT_READ):
+            release = weakref.finalize(self, _release, self._pages, arrays, self.start, self._registered)
+            release.atexit = False
         else:
             self._arrays = arrays
+        _regions[self.start] = self
+
+    def register(self, kind: DeviceKind) -> bool:
+        """Let a kind of devices copy from here by itself. Returns whether its driver takes these pages.
+
+        Drivers refuse pages that cannot be written, so they can be for a moment, in this process.
+        """
+        if kind in self._registered:
+            return True
+        if kind.name in self._refused or not self._pages[1]:
+            return False
+        unprotected = self._pages[1] and _protect(*self._pages, _PROT_READ | _PROT_WRITE)
+        taken = kind.register_host_memory(self.start, self.stop - self.start)
+        if unprotected:
+            _protect(*self._pages, _PROT_READ)
+        if taken:
+            self._registered.append(kind)
+        else:
+            self._refused.add(kind.name)
+        return taken
+
+
+_regions: weakref.WeakValueDictionary[int, _Region] = weakref.WeakValueDictionary()  # by the address of the first byte
+
+
+def register_pages_of(tensor: Tensor, kind: DeviceKind) -> bool:
+    """Let a kind of devices copy by itself from the region that a tensor is a view of.
+
+    Returns whether it can: not from a private mapping of a file, whose pages this would copy, nor where the driver refuses.
+    """
+    address = tensor.data_ptr()
+    for region in list(_regions.values()):
+        if region.start <= address and address + tensor.nbytes <= region.stop:
+            return region.register(kind)
+    return False
 
 
 def _protect(address: int, length: int, protection: int) -> bool:
@@ -54,8 +96,10 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _release(address: int, length: int, arrays: list[np.ndarray]) -> None:
-    _protect(address, length, _PROT_READ | _PROT_WRITE)
+def _release(pages: tuple[int, int], arrays: list[np.ndarray], start: int, registered: list[DeviceKind]) -> None:
+    for kind in registered:  # before the store can give the memory to others
+        kind.unregister_host_memory(start)
+    _protect(*pages, _PROT_READ | _PROT_WRITE)
     arrays.clear()
 
 

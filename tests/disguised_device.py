@@ -3,8 +3,10 @@
 Torch's PrivateUse1 backend is named `disguised`. A tensor on it wraps one on the CPU. An operation that mixes it with tensors
 of the CPU raises, as on a GPU; what a GPU would wait for (a number that is read, a size that depends on content) and every
 transfer is counted, with the line of ours or of ComfyUI's that asked for it. Collectives run on the wrapped tensors, as if
-staged through the host. It knows nothing of streams and kernels: attention takes the path of devices without one of
-their own.
+staged through the host. It has no kernels: attention takes the path of devices without one of their own.
+
+What is asked of a stream of its own is done when somebody waits for it, and not before: a copy that nobody waited for has not
+happened, and one from a buffer that was filled anew has the new numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from rayltx.devices import DeviceKind
 
 aten, c10d = torch.ops.aten, torch.ops.c10d
 NAME = "disguised"
@@ -101,6 +105,86 @@ def disguise(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+class Stream:
+    """Things to do, in order. The main one's are done at once."""
+
+    def __init__(self, is_main: bool = False) -> None:
+        self.is_main, self.waiting, self.done = is_main, [], 0
+
+    def wait_event(self, event: Event) -> None:
+        if self.is_main:
+            event.synchronize()
+        elif event.stream is not None and not event.stream.is_main:
+            raise NotImplementedError("a stream that waits for another than the main one")
+
+    def synchronize(self) -> None:
+        self.run_until(self.done + len(self.waiting))
+
+    def run_until(self, position: int) -> None:
+        while self.done < position:
+            self.waiting.pop(0)()
+            self.done += 1
+
+
+class Event:
+    def __init__(self) -> None:
+        self.stream: Stream | None = None
+        self.position = 0
+
+    def record(self, stream: Stream) -> None:
+        self.stream, self.position = stream, stream.done + len(stream.waiting)
+
+    def synchronize(self) -> None:
+        if self.stream is not None:
+            self.stream.run_until(self.position)
+
+
+@dataclass(frozen=True)
+class DisguisedKind(DeviceKind):
+    """The device as `rayltx.devices` knows devices."""
+
+    main: Stream = field(default_factory=lambda: Stream(is_main=True), compare=False)
+    current: list[Stream] = field(default_factory=list, compare=False)
+    registered: dict[int, int] = field(default_factory=dict, compare=False)  # bytes, by address
+    takes_host_memory: bool = True
+
+    def copies_by_itself(self) -> bool:
+        return True
+
+    def new_stream(self) -> Stream:
+        return Stream()
+
+    @contextlib.contextmanager
+    def in_stream(self, stream: Stream) -> Iterator[None]:
+        self.current.append(stream)
+        with mock.patch.object(_Later, "stream", stream):
+            yield
+        self.current.pop()
+
+    def current_stream(self) -> Stream:
+        return self.current[-1] if self.current else self.main
+
+    def new_event(self) -> Event:
+        return Event()
+
+    def host_buffer(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def register_host_memory(self, address: int, num_bytes: int) -> bool:
+        if self.takes_host_memory:
+            self.registered[address] = num_bytes
+        return self.takes_host_memory
+
+    def unregister_host_memory(self, address: int) -> None:
+        del self.registered[address]
+
+
+class _Later:
+    """The stream whose copies are done later."""
+
+    stream: Stream | None = None
+
+
 class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return NotImplemented if _is_for_another(types) else _run(func, args, kwargs or {})
@@ -154,7 +238,11 @@ def _run(func, args, kwargs):
         return _copied(args, kwargs, device, to_disguised)
     if func is aten.copy_.default and is_disguised(args[0]) != is_disguised(args[1]) and args[1].dim() > 0:
         (counts.to_device if is_disguised(args[0]) else counts.to_host)[_site()] += args[1].nbytes
-        func(*bare(args), **bare(kwargs))
+        bare_args, bare_kwargs = bare(args), bare(kwargs)
+        if is_disguised(args[0]) and _Later.stream is not None:
+            _Later.stream.waiting.append(lambda: func(*bare_args, **bare_kwargs))
+        else:
+            func(*bare_args, **bare_kwargs)
         return args[0]
     if func.namespace == "c10d":
         counts.collectives[func.name()] += 1

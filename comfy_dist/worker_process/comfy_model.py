@@ -118,6 +118,7 @@ class ComfyModel(ComfyHost):
         return errors_by_case(model, group, device)
 
     def kernel_test(self, group: SequenceParallelGroup) -> dict[str, Difference]:
+        self.unload()  # room for the copies, and blocks that are as they were loaded
         try:
             return differences_by_case(self.diffusion_model, group, self._spec.compute_dtype, self._base.load_device)
         finally:

@@ -18,9 +18,11 @@ import comfy.utils
 from torch import Tensor
 
 from rayltx.comfy_dist.comfy_types import HookGroup, KeyPatches
-from rayltx.comfy_dist.marks import HOOK_VIEWS, HOOKS_AT_USE, PATCH_DTYPE
+from rayltx.comfy_dist.marks import HOOK_VIEWS, HOOKS_AT_USE, PATCH_DTYPE, STREAMING
 from rayltx.comfy_dist.wire import HookPatches
+from rayltx.comfy_dist.worker_process.block_streaming import BlockStreaming, reserved_bytes
 from rayltx.comfy_dist.worker_process.patches_at_use import is_quantised_weight, set_patches_at_use
+from rayltx.devices import KINDS, DeviceKind
 
 _Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])
 
@@ -63,8 +65,38 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         if 0 < self.weight_budget < self.model_size():
             full_load = False
             lowvram_model_memory = min(lowvram_model_memory or math.inf, self.weight_budget)
-        super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
+        self.end_streaming()
+        in_part = not full_load and 0 < lowvram_model_memory < self.model_size()
+        reserved = self._reserved_for_streaming(lowvram_model_memory) if in_part else 0
+        super().load(device_to, lowvram_model_memory - reserved, force_patch_weights, full_load, **kwargs)
         self._set_patches_at_use()
+        if reserved:
+            self._stream_blocks()
+
+    # ---- streaming what is on the host
+
+    @property
+    def _device_kind(self) -> DeviceKind | None:
+        kind = KINDS.get(self.load_device.type)
+        return kind if kind is not None and kind.copies_by_itself() else None
+
+    def _reserved_for_streaming(self, budget: float) -> int:
+        """Bytes of a budget of weights that are kept for those of the next block; 0: too few, or a device without streams."""
+        if self._device_kind is None:
+            return 0
+        reserved = reserved_bytes(self.model.diffusion_model.transformer_blocks)
+        return reserved if 2 * reserved <= budget else 0
+
+    def _stream_blocks(self) -> None:
+        kind, blocks = self._device_kind, self.model.diffusion_model.transformer_blocks
+        assert kind is not None
+        self.model.__dict__[STREAMING] = BlockStreaming(blocks, self.load_device, kind)
+
+    def end_streaming(self) -> None:
+        """Before weights move: what is on its way is for where they are now."""
+        streaming = self.model.__dict__.pop(STREAMING, None)
+        if streaming is not None:
+            streaming.end()
 
     def patch_weight_to_device(
         self, key: str, device_to: object = None, inplace_update: bool = False, *args: object, **kwargs: object
@@ -100,11 +132,17 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.__dict__.setdefault(HOOKS_AT_USE, {})
 
     def partially_unload(self, *args: object, **kwargs: object) -> object:
+        streamed = STREAMING in self.model.__dict__
+        self.end_streaming()
         freed = super().partially_unload(*args, **kwargs)
         self._set_patches_at_use()
+        if streamed:
+            self._stream_blocks()
         return freed
 
     def unpatch_model(self, device_to: object = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            self.end_streaming()
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for layer in self.model.modules():

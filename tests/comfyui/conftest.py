@@ -69,3 +69,13 @@ def models(cluster, tmp_path_factory):
         return loaded[version]
 
     return get
+
+
+@pytest.fixture
+def on_device(comfy, tmp_path, monkeypatch):
+    """on_device(base) -> a worker's model, in a ComfyUI that takes the device in disguise for its GPU."""
+    from comfy_on_device import taking_the_disguise
+
+    # Not in inference mode, which goes past a tensor's own dispatch.
+    with torch.inference_mode(False), torch.no_grad():
+        yield taking_the_disguise(tmp_path, monkeypatch)
