@@ -73,4 +73,5 @@ class SelfAttentionExchange:
             out = ring_attention(query, key, value, chunks, group.ring, attend_with_lse, mask, heads)
         if group.ulysses is None:
             return out
+        del query, key, value  # the way back needs memory, too
         return gather_heads(out, self._tokens, self._heads, group.ulysses)

@@ -27,19 +27,20 @@ class SoftmaxAccumulator:
         out: (B, T, H, E), any float dtype. lse: (B, H, T), float32 or float64; -inf where no key was visible.
         """
         lse = lse.transpose(1, 2).unsqueeze(-1)
-        out = out.to(lse.dtype)
+        wide = out.to(lse.dtype)
         if self._peak is None or self._weighted is None or self._weight is None:
             # exp(lse - peak) of the first part is 1, or 0 where it saw no key.
             self._peak = lse
             self._weight = torch.isfinite(lse).to(lse.dtype)
-            self._weighted = out * self._weight
+            self._weighted = wide * self._weight
             return
         peak = torch.maximum(self._peak, lse)
         finite_peak = peak.masked_fill(
             peak == -torch.inf, 0.0
         )  # -inf - -inf would be NaN; the weights are 0 either way
         keep, new = torch.exp(self._peak - finite_peak), torch.exp(lse - finite_peak)
-        self._weighted = self._weighted * keep + out * new
+        added = wide * new if wide is out else wide.mul_(new)  # what was handed in is not ours
+        self._weighted.mul_(keep).add_(added)
         self._weight = self._weight * keep + new
         self._peak = peak
 

@@ -23,16 +23,17 @@ from rayltx.sequence_parallel.partition import Partition
 
 @dataclass
 class PendingExchange:
-    """An exchange that is under way. The buffers live as long as this object; `wait` may be called once."""
+    """An exchange that is under way. `wait` may be called once."""
 
-    work: dist.Work
-    sent: Tensor
+    work: dist.Work | None
+    sent: Tensor | None
     received: Tensor
-    num_tokens: int
 
     def wait(self) -> Tensor:
         """(B, N, h, E), in the order of the tokens. A strided view of the received buffer."""
+        assert self.work is not None, "waited for already"
         self.work.wait()
+        self.work = self.sent = None  # which hold memory
         return self.received.transpose(0, 1)
 
 
@@ -48,18 +49,21 @@ def start_scatter_heads(x_local: Tensor, tokens: Partition, heads: Partition, gr
     assert n == tokens.sizes[rank] and heads.total == H, (x_local.shape, tokens, heads, rank)
     # Tokens come first in the messages, so that what arrives from several ranks is one tensor without another copy.
     rows = x_local.transpose(0, 1)
-    sent = torch.cat([rows[:, :, heads.slice(to)].reshape(-1) for to in range(len(heads.sizes))])
+    sent = x_local.new_empty(rows.numel())
+    parts = [n * B * size * E for size in heads.sizes]
+    for to, part in enumerate(sent.split(parts)):
+        part.view(n, B, heads.sizes[to], E).copy_(rows[:, :, heads.slice(to)])
     h = heads.sizes[rank]
     received = x_local.new_empty(tokens.total, B, h, E)
     work = dist.all_to_all_single(
         received.view(-1),
         sent,
         output_split_sizes=[size * B * h * E for size in tokens.sizes],
-        input_split_sizes=[n * B * size * E for size in heads.sizes],
+        input_split_sizes=parts,
         group=group,
         async_op=True,
     )
-    return PendingExchange(work, sent, received, tokens.total)
+    return PendingExchange(work, sent, received)
 
 
 def gather_heads(x: Tensor, tokens: Partition, heads: Partition, group: ProcessGroup) -> Tensor:

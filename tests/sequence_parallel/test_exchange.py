@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
+from rayltx.sequence_parallel.exchange_memory import exchange_bytes
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.local_attention import torch_attention
 from rayltx.sequence_parallel.masks import DenseMask, GroupedMask
@@ -163,3 +164,38 @@ def test_more_ranks_than_keys(ranks):
     outs = ranks.run(4, attend_sharded_keys, 4, 1, 5, 2, 3, 8, torch.float32, False)
     reference = whole_attention(*sharded_keys_inputs(1, 5, 2, 3, 8, torch.float32))
     assert relative_error(torch.from_numpy(outs[0]), reference) < 5e-7
+
+
+def peak_of_the_exchange(config, batch, tokens, heads, width, dtype):
+    """The most bytes that this rank's exchange holds at once; the attention itself allocates nothing but its output."""
+    from peak_memory import PeakMemory
+
+    group = SequenceParallelGroup.create(config)
+    partition = TokenPartition.even(tokens, config)
+    q, k, v = (x[:, partition.local(group.rank)].contiguous() for x in qkv(batch, tokens, heads, width, dtype))
+
+    def attend(query, key, value, mask):
+        return torch.zeros_like(query, memory_format=torch.contiguous_format)
+
+    def attend_with_lse(query, key, value, mask):
+        return attend(query, key, value, mask), query.new_zeros(batch, query.shape[2], query.shape[1]).float()
+
+    exchange = SelfAttentionExchange(group, partition, heads)
+    with PeakMemory() as memory:
+        sent = [exchange.send(x) for x in (v, q, k)]
+        exchange.attend(sent[1], sent[2], sent[0], attend, attend_with_lse)
+    return memory.peak_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("degrees", [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2)])
+def test_the_estimate_of_the_exchanges_memory_is_what_it_takes(ranks, degrees, dtype):
+    batch, tokens, heads, width = 2, 1212, 12, 64
+    config = ParallelConfig(*degrees)
+    arguments = (config, batch, tokens, heads, width, dtype)
+    peak = max(ranks.run(config.world_size, peak_of_the_exchange, *arguments))
+    estimate = exchange_bytes(config, tokens, batch, heads * width, dtype.itemsize)
+    # By itself the attention has its output, and once more as it is handed on.
+    own = 2 * tokens // config.world_size * batch * heads * width * dtype.itemsize
+    print(degrees, dtype, f"{peak / estimate:.2f}", f"{peak / (estimate + own):.2f}")
+    assert 0.75 * estimate <= peak <= 1.05 * (estimate + own)
