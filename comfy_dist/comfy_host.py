@@ -10,7 +10,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rayltx.comfy_dist.wire import ConstantOptions, Difference, HookPatches, PatchState, StepInputs, TextInputs
+from rayltx.comfy_dist.wire import (
+    ConstantOptions,
+    Difference,
+    HookPatches,
+    LoadInputs,
+    PatchState,
+    StepInputs,
+    TextInputs,
+)
 from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.worker_calls import collective, individual
 from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -82,6 +90,14 @@ class ComfyHost(Host, Protocol):
         ...
 
     @individual
+    def load(self, load: LoadInputs) -> int:
+        """Put the weights on the device, as many as fit, before a run. Returns `placed_bytes`.
+
+        Raises what the device raises, such as out of memory.
+        """
+        ...
+
+    @individual
     def end_run(self) -> None:
         """A sampling run is over: give back what was only needed for it."""
         ...
@@ -92,6 +108,16 @@ class ComfyHost(Host, Protocol):
         ...
 
     @individual
+    def unload_bytes(self, num_bytes: int) -> int:
+        """Take at least so many bytes of weights off the device, which are streamed from then on. Returns `placed_bytes`."""
+        ...
+
+    @individual
     def placed_bytes(self) -> int:
         """What ComfyUI counts as loaded of the weights, on the CPU too; the rest is streamed when it is used."""
+        ...
+
+    @individual
+    def free_bytes(self) -> int:
+        """What a step can have of the device's memory, next to what is on it."""
         ...

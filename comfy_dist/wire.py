@@ -18,6 +18,7 @@ class LoadInputs:
     latent_shape: list[int]  # of what is sampled, by which ComfyUI estimates memory
     weight_budget: int  # bytes of weights on the device at most, the rest is streamed; 0: as many as fit
     world_size: int  # ranks that share the estimate
+    sharing_bytes: int = 0  # what a rank needs besides its share of it
 
 
 @dataclass(frozen=True)

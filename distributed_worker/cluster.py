@@ -60,10 +60,12 @@ class Cluster:
     def current(cls) -> Cluster | None:
         return cls._current
 
-    def uses_gpu(self, index: int) -> bool:
-        """Whether a worker runs on a GPU of this machine, by its number in this process."""
+    def rank_on_gpu(self, index: int) -> int | None:
+        """Which worker runs on a GPU of this machine, by its number in this process; None if none does."""
         visible = self.request.kind.visible()
-        return index < len(visible) and visible[index] in self._gpus
+        if index >= len(visible) or visible[index] not in self._gpus:
+            return None
+        return self._gpus.index(visible[index])
 
     def is_alive(self) -> bool:
         return self.group.is_alive

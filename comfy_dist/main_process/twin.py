@@ -100,7 +100,7 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
         return self.link.device_bytes(self.load_device)
 
     def loaded_size(self) -> int:
-        return self.link.device_bytes(self.load_device) if self.link.loaded else 0
+        return self.link.placed_bytes(self.load_device)
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self.link.loaded else self.offload_device
@@ -118,9 +118,11 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
         return self.loaded_size()
 
     def partially_unload(self, device_to: object, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
-        freed = self.loaded_size()
-        self.link.unload()
-        return freed
+        """Free memory for something else on ComfyUI's own device: of the one worker that shares it."""
+        return self.link.unload_bytes(self.load_device, int(memory_to_free))
+
+    def get_free_memory(self, device: torch.device) -> float:
+        return self.link.free_bytes() if self.link.is_running else super().get_free_memory(device)
 
     def detach(self, unpatch_all: bool = True) -> BaseModel:
         if unpatch_all:  # not for a clone that goes while another samples
@@ -167,7 +169,7 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
 
     def clean_hooks(self) -> None:
         self.current_hooks = None
-        self.link.drop_hooks()
+        self.link.hooks.drop()
 
     # ---- what cannot be done without the weights
 
@@ -242,7 +244,7 @@ def patcher_of(base_model: BaseModel) -> TwinPatcher:
 
 
 def _share_memory_estimate(base_model: BaseModel, link: WorkerLink) -> None:
-    """ComfyUI decides by it whether positive and negative go in one batch: a rank holds its share of the tokens.
+    """ComfyUI decides by it whether positive and negative go in one batch: a rank holds its share of the tokens, and buffers.
 
     It asks before it samples, which is also how the link learns the shape of what is to come.
     """
@@ -250,6 +252,7 @@ def _share_memory_estimate(base_model: BaseModel, link: WorkerLink) -> None:
 
     def memory_required(input_shape: Sequence[int], *args: object, **kwargs: object) -> float:
         link.latent_shape = list(input_shape)
-        return whole(input_shape, *args, **kwargs) / link.placement.config.world_size
+        share = whole(input_shape, *args, **kwargs) / link.placement.config.world_size
+        return share + link.memory_of_sharing(link.latent_shape)
 
     base_model.memory_required = memory_required

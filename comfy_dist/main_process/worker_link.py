@@ -7,7 +7,7 @@ import itertools
 import logging
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import comfy.model_management
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
-from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, HookGroup, KeyPatches, Model, Options
+from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, Model, Options
 from rayltx.comfy_dist.main_process.attention_names import warn_if_ring_replaces
 from rayltx.comfy_dist.main_process.detection import Detected
 from rayltx.comfy_dist.main_process.forwarding import (
@@ -29,10 +29,12 @@ from rayltx.comfy_dist.main_process.forwarding import (
 )
 from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text_to_connect, estimated_shape
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
+from rayltx.comfy_dist.main_process.memory_estimate import Replicated, bytes_of_sharing
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving, advice
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.self_test_record import prove_seam
-from rayltx.comfy_dist.wire import ConstantOptions, HookPatches, LoadInputs, PatchState, StepInputs, TextInputs
+from rayltx.comfy_dist.main_process.sent_hooks import SentHooks
+from rayltx.comfy_dist.wire import ConstantOptions, LoadInputs, PatchState, StepInputs, TextInputs
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
@@ -45,7 +47,7 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 # Keys of what workers that take others' places are sent again.
-_PATCHES, _OPTIONS, _HOOKS = "patches", "options", "hooks "
+_PATCHES, _OPTIONS = "patches", "options"
 
 
 class WorkerLink:
@@ -61,11 +63,14 @@ class WorkerLink:
         self._proved: tuple[Cluster, ParallelConfig] | None = None
         self._sent_patches: PatchState | None = None
         self._sent_options: tuple[str, Message] | None = None  # their key, and themselves
-        # By the hooks, their strengths, and the patches below them.
-        self._sent_hooks: dict[tuple[tuple[tuple[object, float], ...], object], str] = {}
+        self.hooks = SentHooks(remote)
         self._runs = itertools.count()
         self._run = next(self._runs)
         self._saving: MemorySaving | None = None  # for the rest of this run
+        self._placed: dict[int, int] = {}  # bytes of weights on each rank's device
+        self._free: int | None = None  # on the device that has least, in this run
+        self._replicated = Replicated()
+        self.is_running = False
 
     @property
     def base_model(self) -> BaseModel:
@@ -85,8 +90,20 @@ class WorkerLink:
             self._check_patches(state)
             # As views: one copy of a LoRA for all workers.
             self.remote.set_up(_PATCHES, ask(ComfyHost.set_patches, state), "forwarding patches", as_views=True)
-            self._forget_hooks()
+            self.hooks.forget()
             self._sent_patches = state
+        self._put_on_devices()
+
+    def _put_on_devices(self) -> None:
+        """Before a run, as ComfyUI does with a model of its own: what is free next to the weights is known then."""
+        self._run, self._saving, self._free = next(self._runs), None, None
+        ranks = range(self.placement.config.world_size)
+
+        def load(saving: MemorySaving | None) -> dict[int, int]:
+            inputs = self._load_inputs() if saving is None else saving.load(self._load_inputs())
+            return self.remote.call(ask(ComfyHost.load, inputs), "putting weights on the devices", ranks)
+
+        self._placed = self._within_memory(load)
         self.loaded = True
 
     def _check_patches(self, state: PatchState) -> None:
@@ -112,7 +129,7 @@ class WorkerLink:
             self.remote.release_unless_busy()
             self.cluster, self.remote = cluster, cluster.load_source(self.remote.source)
             self._sent_patches = self._sent_options = None
-            self._sent_hooks.clear()
+            self.hooks = SentHooks(self.remote)
         self.placement = placement
         if self._proved != (cluster, placement.config):
             warn_if_ring_replaces(placement.comfyui_arguments, placement.config.ring_degree)
@@ -121,49 +138,28 @@ class WorkerLink:
         # Before weights take the devices' memory: communicators need some.
         cluster.group.repeated(lambda: cluster.group.form(placement.config), "forming the group")
 
-    # ---- hooks
-
-    def _hooks_key(self, patcher: Model) -> str | None:
-        """The workers' name for the hooks of this step, whose patches they are sent when they are first used."""
-        hooks: HookGroup = patcher.current_hooks
-        if hooks is None:
-            return None
-        # The references are part of the key, so that they live, and their ids stay their own.
-        identity = tuple((hook.hook_ref, float(hook.strength)) for hook in hooks.hooks), patcher.patches_uuid
-        if identity not in self._sent_hooks:
-            key = uuid.uuid4().hex
-            self._forget_other_strengths(identity[0])
-            combined: KeyPatches = patcher.get_combined_hook_patches(hooks)
-            check_sendable(combined, "the hook's patch of", self.remote.source.refer)
-            call = ask(ComfyHost.keep_hooks, HookPatches(key, combined))
-            self.remote.set_up(_HOOKS + key, call, "forwarding hooks", as_views=True)
-            self._sent_hooks[identity] = key
-        return self._sent_hooks[identity]
-
-    def _forget_other_strengths(self, hooks: tuple[tuple[object, float], ...]) -> None:
-        """Of the same hooks: a strength that changes with every step would be kept for every step."""
-        references = [reference for reference, _ in hooks]
-        for known in [known for known in self._sent_hooks if [reference for reference, _ in known[0]] == references]:
-            key = self._sent_hooks.pop(known)
-            self.remote.forget_setups(_HOOKS + key)
-            self.remote.tell(ask(ComfyHost.forget_hooks, key))
-
-    def _forget_hooks(self) -> None:
-        self._sent_hooks.clear()
-        self.remote.forget_setups(_HOOKS)
-
-    def drop_hooks(self) -> None:
-        """Let the workers undo all hooks. Not waited for: this is how a cancelled run ends, too."""
-        if self._sent_hooks:
-            self._forget_hooks()
-            self.remote.tell(ask(ComfyHost.drop_hooks))
-
     # ---- calls
 
     def begin_run(self) -> None:
-        """A sampling run begins: weights are put on the devices anew, if anything took their place."""
-        self._run = next(self._runs)
-        self._saving = None
+        """A sampling run begins, for which ComfyUI has loaded the model."""
+        self.is_running = True
+
+    def free_bytes(self) -> int:
+        """What a step can have of the memory of the device that has least, as it was when it was first asked in this run.
+
+        By it ComfyUI decides at each step whether positive and negative go in one batch: once a run, then, for a batch's
+        numbers are others in the last bits, and what steps leave in a worker's cache looks taken from here.
+        """
+        if self._free is None:
+            ranks = range(self.placement.config.world_size)
+            self._free = min(self.remote.call(ask(ComfyHost.free_bytes), "measuring", ranks).values())
+        return self._free
+
+    def memory_of_sharing(self, shape: Sequence[int]) -> int:
+        """Bytes that a rank needs for a latent of this shape besides its share of ComfyUI's estimate."""
+        element_bytes = self.spec.compute_dtype.itemsize
+        config = self.placement.config
+        return bytes_of_sharing(self.base_model.diffusion_model, shape, config, element_bytes, self._replicated)
 
     def forward(self, model: DiffusionModel, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """The model's `_forward`, by the workers. Returns what it returns, on the device of the input."""
@@ -175,12 +171,13 @@ class WorkerLink:
         x = arguments["x"]
         check_inputs(model, self.spec.model_version, x, arguments.get("context"))
         self.latent_shape = estimated_shape(x)
+        self._replicated = Replicated.of(x, arguments.get("context"))
         patcher = self.base_model.current_patcher
         inputs = StepInputs(
             arguments=arguments,
             changing_options={name: value for name, value in options.items() if name in CHANGING},
             options_key=self._options_key(remote_options(options)),
-            hooks_key=None if patcher is None else self._hooks_key(patcher),
+            hooks_key=None if patcher is None else self.hooks.key_of(patcher),
             load=self._load_inputs(),
         )
         poll = comfy.model_management.throw_exception_if_processing_interrupted
@@ -235,6 +232,7 @@ class WorkerLink:
             latent_shape=self.latent_shape,
             weight_budget=self.placement.weight_budget,
             world_size=self.placement.config.world_size,
+            sharing_bytes=self.memory_of_sharing(self.latent_shape),
         )
 
     def _options_key(self, options: Options) -> str:
@@ -257,6 +255,7 @@ class WorkerLink:
 
     def end_run(self, free: bool) -> None:
         """A sampling run is over, or cancelled: nothing is waited for. free: give the devices' memory back."""
+        self.is_running = False
         self.remote.tell(ask(ComfyHost.unload) if free else ask(ComfyHost.end_run))
         self.loaded = self.loaded and not free
 
@@ -267,13 +266,28 @@ class WorkerLink:
             if self.cluster.is_alive():
                 self.remote.call(ask(ComfyHost.unload), "unloading")
 
+    def unload_bytes(self, device: torch.device, num_bytes: int) -> int:
+        """Free at least so many bytes of a device of this process, if a worker has them. Returns how many were freed."""
+        rank, before = self._rank_on(device), self.placed_bytes(device)
+        if rank is None or not before or not self.cluster.is_alive():
+            return 0
+        self._placed.update(self.remote.call(ask(ComfyHost.unload_bytes, num_bytes), "unloading", [rank]))
+        return before - self.placed_bytes(device)
+
     def release(self) -> None:
         """Let the workers forget the model. Nothing is waited for."""
         self.remote.release_unless_busy()
 
     def device_bytes(self, device: torch.device) -> int:
-        """What the workers' weights take on a device of this process, when loaded."""
+        """What the workers' weights take on a device of this process, when all are there."""
+        return 0 if self._rank_on(device) is None else self.remote.source.weight_bytes
+
+    def placed_bytes(self, device: torch.device) -> int:
+        """What they take there now."""
+        rank = self._rank_on(device)
+        return self._placed.get(rank, 0) if self.loaded and rank is not None else 0
+
+    def _rank_on(self, device: torch.device) -> int | None:
         if self.placement.request.on_cpu or device.type != self.placement.request.device:
-            return 0
-        index = device.index or 0
-        return self.remote.source.weight_bytes if self.cluster.uses_gpu(index) else 0
+            return None
+        return self.cluster.rank_on_gpu(device.index or 0)

@@ -115,6 +115,11 @@ class BlockStreaming:
             len(self._order), len(blocks), sum(part.nbytes for part in parts) / 2**30, by_itself / 2**30,
         )  # fmt: skip
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the device's memory."""
+        return sum(slot.buffer.nbytes for slot in self._slots)
+
     def end(self) -> None:
         """Leave the blocks as they were, and nothing under way. May be called again."""
         if self._slots:

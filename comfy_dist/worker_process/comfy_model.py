@@ -128,21 +128,32 @@ class ComfyModel(ComfyHost):
 
     def _put_on_device(self, load: LoadInputs) -> None:
         """Put the weights on the device, as ComfyUI does before it samples; once a run, and when patches changed."""
-        if (load.run, load.weight_budget) == self._loaded_for:
+        if (load.run, load.weight_budget) == self._loaded_for and self._is_loaded():
             return
         if load.weight_budget != self._patcher.weight_budget and self._patcher.loaded_size() > 0:
             self.unload()  # ComfyUI would leave a model that is loaded as it is
         self._patcher.weight_budget = load.weight_budget
-        # The estimate is for the whole sequence; a rank holds its share.
-        memory = self._patcher.model.memory_required(load.latent_shape) / load.world_size
+        # The estimate is for the whole sequence; a rank holds its share, and what sharing takes.
+        memory = self._patcher.model.memory_required(load.latent_shape) / load.world_size + load.sharing_bytes
         management.load_models_gpu([self._patcher], memory_required=memory, minimum_memory_required=memory)
         if self._loaded_for is None:
             give_back_freed_memory()  # of earlier patches
         self._loaded_for = load.run, load.weight_budget
 
+    def _is_loaded(self) -> bool:
+        """Whether ComfyUI has not unloaded it since, for another model of this worker's."""
+        return any(loaded.model is self._patcher for loaded in management.current_loaded_models)
+
+    def load(self, load: LoadInputs) -> int:
+        with torch.inference_mode():
+            self._put_on_device(load)
+        return self.placed_bytes()
+
     def end_run(self) -> None:
         if self._patcher.load_device.type == "cpu":
             give_back_freed_memory()  # the allocator holds on to what the largest layers took
+        else:
+            management.soft_empty_cache()  # for what shares the card: the text encoder, the VAE
 
     def unload(self) -> None:
         with torch.inference_mode():
@@ -154,8 +165,17 @@ class ComfyModel(ComfyHost):
             management.soft_empty_cache()
             self._loaded_for = None
 
+    def unload_bytes(self, num_bytes: int) -> int:
+        with torch.inference_mode():
+            self._patcher.partially_unload(self._patcher.offload_device, num_bytes)
+            management.soft_empty_cache()
+        return self.placed_bytes()
+
     def placed_bytes(self) -> int:
-        return int(self._patcher.loaded_size())
+        return int(self._patcher.loaded_size()) + self._patcher.streaming_bytes()
+
+    def free_bytes(self) -> int:
+        return int(management.get_free_memory(self._patcher.load_device))
 
     def close(self) -> None:
         """Before the model is forgotten: ComfyUI keeps loaded models in a list of its own."""

@@ -92,6 +92,11 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         assert kind is not None
         self.model.__dict__[STREAMING] = BlockStreaming(blocks, self.load_device, kind)
 
+    def streaming_bytes(self) -> int:
+        """Of the device's memory, for the weights of the next block."""
+        streaming = self.model.__dict__.get(STREAMING)
+        return 0 if streaming is None else streaming.num_bytes
+
     def end_streaming(self) -> None:
         """Before weights move: what is on its way is for where they are now."""
         streaming = self.model.__dict__.pop(STREAMING, None)
