@@ -88,11 +88,23 @@ class DeviceKind:
             return psutil.virtual_memory().total
         return self._module.get_device_properties(0).total_memory
 
-    def free_bytes(self) -> int:
-        """Of the memory of the first device that this process can use; of the machine, for the CPU."""
+    def free_bytes(self, index: int = 0) -> int:
+        """Of the memory of a device that this process can use; of the machine, for the CPU."""
         if self.name == CPU:
             return psutil.virtual_memory().available
-        return self._module.mem_get_info(0)[0]
+        return self._module.mem_get_info(index)[0]
+
+    def memories(self) -> list[tuple[str, int]]:
+        """(name, bytes of memory) of each device that this process can use. The driver takes none of it for this."""
+        if self.name == CPU:
+            return [("CPU", self.total_bytes())]
+        return [
+            (name, self._module.get_device_properties(index).total_memory) for index, name in enumerate(self.names())
+        ]
+
+    def reaches(self, one: int, other: int) -> bool:
+        """Whether a device can copy to and from another's memory by itself, as the driver has it."""
+        return self.name == "cuda" and torch.cuda.can_device_access_peer(one, other)
 
     def memory_report(self) -> str:
         """What is known of the first device's memory, for messages; "" for the CPU."""

@@ -82,6 +82,26 @@ def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None
     return exact
 
 
+def worst_of(
+    request: ClusterRequest, versions: list[str], config: ParallelConfig, comfyui: Path | None, folder: Path
+) -> tuple[float, int]:
+    """(largest error, number of cases) of tiny models on the workers, for one division of the work. folder: for their files.
+
+    The error is infinite where a model could not be run at all.
+    """
+
+    def on_config(version: str, number: int) -> None:
+        pass
+
+    if comfyui is None:
+        require_packages(("diffusers",), "doctor")
+        found = _diffusers_errors(request, folder, versions, [config], on_config)
+    else:
+        found = _comfyui_errors(comfyui, request, folder, versions, [config], on_config)
+    errors = [error for _, by_config in found for error in by_config[0].values()]
+    return max(math.inf if isinstance(error, str) else error for error in errors), len(errors)
+
+
 def _check_versions(versions: list[str]) -> None:
     unknown = sorted(set(versions) - set(TRANSFORMER_CONFIGS))
     if unknown:

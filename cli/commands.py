@@ -152,6 +152,32 @@ def check(
 
 
 @app.command()
+def doctor(
+    checkpoint: Annotated[Path | None, typer.Argument(help="The file that is to be loaded, for its size.")] = None,
+    width: Annotated[int, typer.Option(help="Pixels, for the prediction.")] = 1280,
+    height: Annotated[int, typer.Option(help="Pixels, for the prediction.")] = 704,
+    frames: Annotated[int, typer.Option(help="For the prediction.")] = 121,
+    workers: Workers = 0,
+    device: DeviceOption = Device.auto,
+    gpus: GpusOption = "",
+    comfyui: ComfyUIOption = None,
+    gpu_report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also try everything that a GPU does for RayLTX, and write all of it to this file, for a report."
+        ),
+    ] = None,
+) -> None:
+    """Say what this machine gives, what is wrong with it, and whether several devices are faster than one."""
+    from rayltx.cli.doctor import Question, run_doctor
+
+    question = Question(checkpoint, comfyui, width, height, frames)
+    healthy = run_doctor(_cluster_options(workers, 0, 0, device, gpus, "local", 0.0), question, gpu_report)
+    if not healthy:
+        raise typer.Exit(exit_codes.FAILURE)
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A .safetensors or .gguf file.")],
     target: Annotated[Path, typer.Argument(help="The file to write: .gguf or .safetensors.")],

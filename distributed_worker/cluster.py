@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
-from rayltx.distributed_worker.machine_checks import check_machine
+from rayltx.distributed_worker.machine_checks import check_machine, differing_cards
 from rayltx.distributed_worker.messages import Refer, SentTensors
 from rayltx.distributed_worker.object_store import StoreBudget, object_store_bytes
 from rayltx.distributed_worker.rank_group import RankGroup
@@ -19,6 +20,8 @@ from rayltx.distributed_worker.request import LOCAL, ClusterRequest, ModelSource
 from rayltx.distributed_worker.weight_sharing import Progress, SharedWeights
 from rayltx.distributed_worker.worker import Worker, WorkerInfo
 from rayltx.distributed_worker.worker_calls import ask
+
+logger = logging.getLogger(__name__)
 
 
 class Cluster:
@@ -49,6 +52,8 @@ class Cluster:
         if current is not None and current.request == request and current.is_alive():
             return current
         check_machine(request)
+        if differing := differing_cards(request):
+            logger.warning("%s", differing)
         if request.address == LOCAL:
             object_store_bytes(request.object_store_bytes, request.kept_shared_memory)
         if current is not None:

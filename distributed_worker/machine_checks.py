@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections import Counter
 
@@ -11,11 +10,9 @@ import torch.distributed as dist
 from rayltx.distributed_worker.request import LOCAL, ClusterRequest
 from rayltx.errors import DeviceError
 
-logger = logging.getLogger(__name__)
-
 
 def check_machine(request: ClusterRequest) -> None:
-    """Raises DeviceError for a system, a torch or GPUs that workers cannot run on. Warns where the cards differ."""
+    """Raises DeviceError for a system, a torch or GPUs that workers cannot run on."""
     if sys.platform == "win32":
         raise DeviceError(
             "RayLTX runs on Linux, and on Windows within WSL2: the torch for Windows itself has no NCCL, by which GPUs talk to "
@@ -46,8 +43,14 @@ def _check_cards(request: ClusterRequest, gpus: tuple[str, ...]) -> None:
             f"GPU {', '.join(slices)}: slices of a card (MIG) cannot talk to each other through NCCL; turn MIG off, or set GPU "
             "to 1"
         )
-    if len(set(chosen)) > 1:
-        logger.warning(
-            "the GPUs differ (%s): each gets an equal share of the video, so the slowest and smallest sets the pace",
-            ", ".join(chosen),
-        )
+
+
+def differing_cards(request: ClusterRequest) -> str:
+    """What it means that the workers' cards are not the same; "" where they are."""
+    chosen = request.gpu_names()
+    if len(set(chosen)) < 2:
+        return ""
+    names = ", ".join(chosen)
+    return (
+        f"the GPUs differ ({names}): each gets an equal share of the video, so the slowest and smallest sets the pace"
+    )

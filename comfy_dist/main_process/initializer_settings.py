@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,12 @@ from rayltx.devices import CPU, KINDS, kind_of
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
 from rayltx.distributed_worker.machine_checks import check_machine
+from rayltx.distributed_worker.machine_facts import log_line
 from rayltx.distributed_worker.request import LOCAL, ClusterRequest
 from rayltx.errors import DeviceError, InputError, ParallelConfigError, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
+
+logger = logging.getLogger(__name__)
 
 AUTOMATIC = "auto"
 _OLD_DIST_ADDRESS = "127.0.0.1:29500"  # a fixed port: two instances on a machine collide on it
@@ -167,7 +171,9 @@ def _checked_address(name: str, address: str, otherwise: str) -> str:
 def start_workers(**widgets: Any) -> Placement:
     """Start workers that serve these settings, or keep those that do. Returns at once, while they come up."""
     placement = InitializerSettings(**widgets).placement()
-    Cluster.start(placement.request)
+    before = Cluster.current()
+    if Cluster.start(placement.request) is not before:
+        logger.info("%s", log_line(placement.request))
     return placement
 
 

@@ -33,6 +33,7 @@ from rayltx.comfy_dist.main_process.releasing import release_with
 from rayltx.comfy_dist.main_process.worker_link import WorkerLink
 from rayltx.comfy_dist.marks import LINK, OBJECT_BACKUP, PLACEMENT
 from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.machine_facts import memory_problem
 from rayltx.distributed_worker.weight_sharing import Progress
 from rayltx.errors import UnsupportedError
 from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
@@ -207,6 +208,8 @@ def load_twin(
         checkpoint = open_model_file(path)
         detected = detect(checkpoint, options.weight_dtype, options.dequant_dtype, options.patch_dtype)
         checkpoint.check_values()
+        if short := memory_problem(checkpoint.num_bytes):
+            logger.warning("%s", short)
         started = time.monotonic()
         cluster = Cluster.start(placement.request)
         base_model = detected.base_model

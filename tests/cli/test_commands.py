@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -10,6 +9,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from rayltx_command import rayltx
 from safetensors.torch import load_file, save_file
 
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
@@ -17,12 +17,6 @@ from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from bound_processes import bound_to_this_process
 
 ROOT = Path(__file__).parents[2]
-
-
-def rayltx(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "importable"), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "rayltx.cli.main", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
 
 
 def test_a_clip_from_three_workers_equals_one_workers(tmp_path):

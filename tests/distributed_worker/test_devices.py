@@ -5,7 +5,7 @@ import pytest
 from rayltx.devices import DeviceKind, visible_devices
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.gpu_pinning import assign_gpus, parse_gpu_indices, without_async_allocator
-from rayltx.distributed_worker.machine_checks import check_machine
+from rayltx.distributed_worker.machine_checks import check_machine, differing_cards
 from rayltx.distributed_worker.object_store import MIN_BYTES, fits_object_store, object_store_bytes
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError
@@ -83,12 +83,11 @@ def test_slices_of_a_card_are_refused(cards, names, visible):
     check_machine(ClusterRequest(workers=1, device="cuda"))
 
 
-def test_cards_that_differ_are_named_in_a_warning(cards, caplog):
+def test_cards_that_differ_are_named(cards):
     cards("RTX 4090", "RTX 3090", "RTX 4090")
-    check_machine(ClusterRequest(workers=2, device="cuda", gpu_indices=(0, 2)))
-    assert not caplog.text
-    check_machine(ClusterRequest(workers=2, device="cuda"))
-    assert "the GPUs differ (RTX 4090, RTX 3090)" in caplog.text
+    assert not differing_cards(ClusterRequest(workers=2, device="cuda", gpu_indices=(0, 2)))
+    assert "the GPUs differ (RTX 4090, RTX 3090)" in differing_cards(ClusterRequest(workers=2, device="cuda"))
+    assert not differing_cards(ClusterRequest(workers=2))
 
 
 def test_a_torch_without_nccl_is_refused(cards, monkeypatch):

@@ -1,0 +1,162 @@
+"""`rayltx doctor`: what this machine gives, what is wrong with it, and whether several devices are worth it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from rayltx.cli.cluster_options import ClusterOptions
+from rayltx.cli.gpu_report.report import check_target, write_report
+from rayltx.devices import CPU, DeviceKind
+from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.diffusion_models.lightricks.step_cost import LTX_2, ModelShape, StepCost
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.machine_facts import Fact, machine_facts
+from rayltx.distributed_worker.request import ClusterRequest
+from rayltx.distributed_worker.worker import LinkReport
+from rayltx.errors import ClusterError, UserError
+from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+_NOTHING_HOST = (
+    "rayltx.diffusion_models.lightricks.random_weights:randomise"  # nothing is loaded: an import that is cheap
+)
+_MATRIX, _REPEATS = 2048, 5
+_ELEMENT_BYTES = 2  # of bfloat16
+_AUDIO_TOKENS_PER_FRAME = 126 / 121  # of LTX-2, at 24 frames a second
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What the machine is to be looked at for."""
+
+    checkpoint: Path | None
+    comfyui: Path | None
+    width: int
+    height: int
+    frames: int
+
+
+def run_doctor(options: ClusterOptions, question: Question, gpu_report: Path | None) -> bool:
+    """Print what was found, and write it if asked. Returns whether nothing is wrong.
+
+    Raises CheckpointError for a file that is not a whole LTX checkpoint, InputError for sizes, and DeviceError and
+    ParallelConfigError for what was asked of the workers.
+    """
+    if gpu_report is not None:
+        check_target(gpu_report)
+    shape = LatentShape.from_pixels(question.width, question.height, question.frames)
+    request, config = options.resolve()
+    if question.comfyui is not None:
+        record = question.comfyui / "user" / "rayltx" / "machine.json"
+        request = dataclasses.replace(request, machine_record=str(record))
+    model, weight_bytes = _model(question.checkpoint)
+    facts = machine_facts(request, weight_bytes)
+    if question.comfyui is not None:
+        facts.insert(1, _comfyui(question.comfyui))
+    _print(facts, "This machine")
+    if any(fact.name == "devices" and fact.problem for fact in facts):
+        return False  # no worker would start
+
+    link, rate = [], _flops_per_s(request.kind)
+    console = Console(stderr=True)
+    if config.world_size > 1:
+        with console.status("starting the workers, to measure between them"):
+            link += _measured(request, config, shape, model, rate)
+        _print(link, "Between the workers")
+    facts += link
+    if gpu_report is not None:
+        facts += write_report(gpu_report, facts, request, config, question.comfyui)
+    problems = [fact for fact in facts if fact.problem]
+    print(f"{len(problems)} of {len(facts)} need attention" if problems else "nothing needs attention")
+    return not problems
+
+
+def _print(facts: list[Fact], title: str) -> None:
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for fact in facts:
+        table.add_row(fact.name, fact.value + (f"\n[bold red]{fact.problem}[/]" if fact.problem else ""))
+    Console(width=max(Console().width, 100)).print(table)
+
+
+def _model(path: Path | None) -> tuple[ModelShape, int]:
+    """The shape and bytes of a checkpoint's transformer; LTX-2's own shape, and no bytes, without one."""
+    if path is None:
+        return LTX_2, 0
+    checkpoint = open_model_file(path)
+
+    def width(attention: str) -> int:
+        found = checkpoint.tensors.get(f"transformer_blocks.0.{attention}.to_q.weight")
+        return 0 if found is None else found.values_shape[0]
+
+    return ModelShape(checkpoint.num_blocks, width("attn1"), width("audio_attn1")), checkpoint.num_bytes
+
+
+def _comfyui(root: Path) -> Fact:
+    """By its files: this Python may not be ComfyUI's."""
+    from rayltx.comfy_dist.comfy_environment import is_comfyui
+
+    version_file = root / "comfyui_version.py"
+    if not is_comfyui(root) or not version_file.is_file():
+        return Fact("ComfyUI", str(root), "there is no ComfyUI in that folder; name the one that has comfy/ in it")
+    found = re.search(r"""__version__ = ["'](.+?)["']""", version_file.read_text())
+    return Fact("ComfyUI", f"{found[1] if found else 'of an unknown version'} in {root}")
+
+
+def _flops_per_s(kind: DeviceKind) -> float:
+    """Of large matrix products on the first device, in what LTX models compute in there."""
+    dtype = torch.float32 if kind.name == CPU else torch.bfloat16
+    matrix = torch.ones(_MATRIX, _MATRIX, dtype=dtype, device=kind.name)
+    best = float("inf")
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    del matrix
+    kind.give_back_memory()
+    return 2 * _MATRIX**3 / best
+
+
+def _measured(
+    request: ClusterRequest, config: ParallelConfig, shape: LatentShape, model: ModelShape, flops_per_s: float
+) -> list[Fact]:
+    try:
+        with Cluster.start(dataclasses.replace(request, host=_NOTHING_HOST)) as cluster:
+            cluster.group.form(config)
+            link = cluster.group.link_report
+    except (ClusterError, UserError) as error:
+        return [Fact("link", "not measured", str(error))]
+    assert link is not None, "several ranks report"
+    return [Fact("link", str(link)), prediction(link, config.world_size, shape, model, flops_per_s, request.kind.name)]
+
+
+def prediction(
+    link: LinkReport, ranks: int, shape: LatentShape, model: ModelShape, flops_per_s: float, device: str
+) -> Fact:
+    """Whether sharing a step pays, by what was measured."""
+    if device == CPU:
+        return Fact(f"{ranks} workers", "they share this machine's cores: exact, and no faster than one")
+    audio = round(shape.pixel_frames * _AUDIO_TOKENS_PER_FRAME) if model.audio_width else 0
+    alone = StepCost.of(model, shape.num_tokens, audio, 1).seconds(1, flops_per_s)
+    exchange = link.exchange
+    together = StepCost.of(model, shape.num_tokens, audio, ranks).seconds(
+        ranks, flops_per_s, exchange.bytes_per_s / _ELEMENT_BYTES, exchange.small_s
+    )
+    value = (
+        f"a step of {shape.num_tokens} video tokens about {alone / together:.2f} times as fast as on one "
+        f"({alone / together / ranks:.0%} of {ranks} times), by {flops_per_s / 1e12:.2f} TFLOP/s measured"
+    )
+    if together < alone:
+        return Fact(f"{ranks} workers", value)
+    return Fact(
+        f"{ranks} workers", value, f"one {device} would be faster: the link carries too little for this size; use GPU 1"
+    )

@@ -1,0 +1,136 @@
+"""`rayltx doctor`, and each of the checks of its report: that it finds what it is there for."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from rayltx_command import rayltx
+
+from rayltx.cli.doctor import prediction
+from rayltx.cli.gpu_report import checks, shared_device
+from rayltx.cli.gpu_report.report import run_check_apart
+from rayltx.devices import KINDS
+from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.diffusion_models.lightricks.step_cost import LTX_2, StepCost
+from rayltx.distributed_worker.machine_facts import Fact
+from rayltx.distributed_worker.worker import LinkReport
+from rayltx.sequence_parallel.first_exchange import ExchangeReport
+
+CPU = KINDS["cpu"]
+FRAMES_121 = LatentShape.from_pixels(1280, 704, 121)
+
+
+def link(gb_per_s, small_ms=0.05):
+    return LinkReport("nccl", ExchangeReport(gb_per_s * 1e9, small_ms / 1e3), 0)
+
+
+def test_the_cost_of_a_step_is_that_of_the_published_shapes():
+    """GFLOP of a layer, and bytes that a rank receives, at LTX-2's real width."""
+    for shape, tokens, gflop in (
+        ((768, 512, 97), 4992, 3281),
+        ((1280, 704, 121), 14080, 11177),
+        ((1920, 1088, 897), 230520, 1001899),
+    ):
+        found = LatentShape.from_pixels(*shape)
+        assert found.num_tokens == tokens
+        cost = StepCost.of(LTX_2, tokens, 126, 1)
+        assert (cost.shared_flops + cost.replicated_flops) / LTX_2.blocks / 1e9 == pytest.approx(gflop, rel=0.02)
+    received = StepCost.of(LTX_2, 14080, 126, 8).received_elements * 2 / LTX_2.blocks
+    assert received == pytest.approx(57.8e6, rel=0.005)  # of which 7.3e6 for video-to-audio attention
+
+
+def test_several_cards_pay_where_the_link_carries_enough():
+    """RTX 4090s on PCIe 4 without peer-to-peer copies, as calculated by hand, and a link that is of no use."""
+    for ranks, efficiency in ((2, 83), (4, 75), (8, 68)):
+        found = prediction(link(11, small_ms=0.0), ranks, FRAMES_121, LTX_2, 100e12, "cuda")
+        percent = int(found.value.partition("(")[2].partition("%")[0])
+        assert abs(percent - efficiency) <= 2 and not found.problem, found
+    slow = prediction(link(0.1), 2, FRAMES_121, LTX_2, 100e12, "cuda")
+    assert "one cuda would be faster" in slow.problem and "use GPU 1" in slow.problem
+    assert "no faster than one" in prediction(link(11), 2, FRAMES_121, LTX_2, 1e12, "cpu").value
+
+
+def crash(kind):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hang(kind):
+    time.sleep(600)
+
+
+def fail(kind):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def answer(kind):
+    return [Fact("fine", kind.name)]
+
+
+def test_a_check_may_do_anything_to_its_process():
+    assert run_check_apart(answer, "cpu") == [Fact("fine", "cpu")]
+    assert "SIGSEGV" in run_check_apart(crash, "cpu")[0].problem
+    assert "more than 1 s" in run_check_apart(hang, "cpu", limit_s=1.0)[0].problem
+    failed = run_check_apart(fail, "cpu")[0]
+    assert "illegal memory access" in failed.value and "in fail" in failed.problem
+
+
+def test_kernels_with_another_log_sum_exp_are_found(monkeypatch):
+    assert not any(fact.problem for fact in checks.attention_kernels(CPU))
+    right = checks.attention_with_lse
+
+    def in_other_units(q, k, v, mask=None):
+        out, lse = right(q, k, v, mask)
+        return out, lse * 1.4427
+
+    monkeypatch.setattr(checks, "attention_with_lse", in_other_units)
+    assert all("wrong picture" in fact.problem for fact in checks.attention_kernels(CPU))
+
+
+def test_products_that_round_otherwise_in_parts_are_found(monkeypatch):
+    assert not any(fact.problem for fact in checks.float32_products(CPU))
+    monkeypatch.setattr(checks, "relative_error", lambda *_: 1e-4)
+    assert any("refuse every model" in fact.problem for fact in checks.float32_products(CPU))
+
+
+def test_the_checks_that_a_cpu_can_do_pass_and_the_others_say_so():
+    for check in (checks.collectives_alone, checks.host_pages):
+        assert not any(fact.problem for fact in run_check_apart(check, "cpu")), check
+    for check in (checks.streamed_blocks, checks.killed_process, checks.out_of_memory, checks.synchronisations):
+        assert [fact.value for fact in check(CPU)] == ["needs a GPU"]
+
+
+def test_the_exchange_on_one_device(monkeypatch):
+    facts = list(shared_device.exchange_on_one_device(CPU))
+    assert len(facts) == 3 and not any(fact.problem for fact in facts), facts
+    monkeypatch.setattr(shared_device, "_ALLOWED", {torch.float32: 0.0, torch.bfloat16: 0.0})
+    assert any("report this" in fact.problem for fact in shared_device.exchange_on_one_device(CPU))
+
+
+def test_the_report_is_written_whole(tmp_path):
+    done = rayltx("doctor", "--workers", "2", "--gpu-report", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in (
+        "Between the workers",
+        "GB/s to a rank",
+        "exchange, 1 x 2",
+        "tiny LTX-2.3 on 2 workers",
+        "nothing needs attention",
+    ):
+        assert words in done.stdout, done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = [fact["name"] for fact in report["facts"]]
+    assert {"torch", "link", "attention in bfloat16", "shared pages"} <= set(names)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_what_is_asked_wrong_is_said_before_anything_starts(tmp_path):
+    done = rayltx("doctor", "--workers", "2", "--gpu-report", tmp_path / "nowhere" / "report.json")
+    assert done.returncode == 2 and "a folder that exists" in done.stderr
+    assert "Between the workers" not in done.stdout
+    done = rayltx("doctor", "--frames", "120")
+    assert done.returncode == 2 and "frames=120 must be 8k + 1" in done.stderr
+    done = rayltx("doctor", "--workers", "1", "--comfyui", tmp_path)
+    assert done.returncode == 1 and "there is no ComfyUI in that folder" in done.stdout
