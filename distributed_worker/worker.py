@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from rayltx.devices import CPU, kind_of
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.distributed_worker.failure_watch import FailureWatch, abort_group
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.messages import Message, bytes_of_tensor, pack, unpack
@@ -71,6 +72,7 @@ class Worker:
         self._models: dict[str, Host] = {}
         self._group: SequenceParallelGroup | None = None
         self._store: dist.TCPStore | None = None
+        self._watch: FailureWatch | None = None
         self._logs = _CollectingHandler()
         package_logger = logging.getLogger("rayltx")
         package_logger.addHandler(self._logs)
@@ -148,7 +150,7 @@ class Worker:
                 f"{self._device.collectives} finds no room in {SHARED_MEMORY}, through which it moves data: {error}; enlarge it "
                 "(in a container: --shm-size)"
             ) from error
-        self._group = group
+        self._group, self._watch = group, FailureWatch(meeting_point)
         self._device.give_back_memory()  # what was exchanged
         return LinkReport(self._device.collectives, exchange, max(0, free_bytes - self._device.free_bytes()))
 
@@ -160,10 +162,12 @@ class Worker:
         whatever synchronises with the device would wait for them.
         """
         self._group = None
+        if self._watch is not None:
+            self._watch.close()
         if not dist.is_initialized():
             return
         if after_failure and self._device.name != CPU:
-            dist.distributed_c10d._abort_process_group()
+            abort_group()
         else:
             dist.destroy_process_group()
 
@@ -233,16 +237,23 @@ class Worker:
 
         User errors are raised alike on every rank, before anything is exchanged, and leave the group whole.
         """
-        group = self._group
+        group, watch = self._group, self._watch
         assert group is not None, "no process group"
+        if watch is not None:
+            watch.begin()
         try:
             result = self._bound(model_id, method, arguments)(group)
         except UserError:
             raise
         except Exception:
-            # The others may be waiting for this rank. With gloo they notice at once that it has left.
+            # The others may be waiting for this rank.
+            if watch is not None:
+                watch.tell()
             self.leave(after_failure=True)
             raise
+        finally:
+            if watch is not None:
+                watch.end()
         return pack(result) if group.rank == 0 else None
 
     def _bound(self, model_id: str, method: str, arguments: Message) -> Callable[..., object]:

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
@@ -21,6 +22,15 @@ class FailingHost(DiffusersHost):
             raise RuntimeError("every rank is out of patience")
         if kind == "user error":
             raise InputError("seed=-1 must not be negative")
+        if kind == "out of memory while others wait":
+            if group.rank == rank and not Path(path).exists():
+                Path(path).touch()
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 896.00 MiB.")
+            if group.rank != rank and not Path(f"{path}-{group.rank}").exists():
+                Path(f"{path}-{group.rank}").touch()
+                while dist.is_initialized():  # as kernels of NCCL wait: nothing but the end of the group ends it
+                    time.sleep(0.05)
+                raise RuntimeError("NCCL communicator was aborted on rank")
         if kind is not None and group.rank == rank and not Path(path).exists():
             Path(path).touch()
             if kind == "raise":

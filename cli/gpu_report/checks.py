@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rayltx.devices import CPU, DeviceKind, is_out_of_memory
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
+from rayltx.distributed_worker.failure_watch import abort_group
 from rayltx.distributed_worker.machine_facts import Fact
 from rayltx.distributed_worker.shared_pages import protected_views, register_pages_of
 from rayltx.sequence_parallel.local_attention import attention_with_lse, plain_attention
@@ -120,7 +121,7 @@ def collectives_alone(kind: DeviceKind) -> Iterator[Fact]:
         dist.all_to_all_single(nothing.clone(), nothing, [0], [0])
         taken = before - kind.free_bytes()
         if attempt == 4 and kind.name != CPU:
-            dist.distributed_c10d._abort_process_group()
+            abort_group()
         else:
             dist.destroy_process_group()
     kind.give_back_memory()

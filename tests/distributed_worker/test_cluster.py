@@ -18,7 +18,7 @@ from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untou
 from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import ClusterRequest
-from rayltx.errors import InputError, ParallelConfigError, RanksFailedAlike, UnsupportedError, WorkerStuck
+from rayltx.errors import InputError, OutOfMemory, ParallelConfigError, RanksFailedAlike, UnsupportedError, WorkerStuck
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 TESTS = str(Path(__file__).parents[1])
@@ -136,6 +136,21 @@ def test_a_rank_that_fails_alone_costs_the_step_and_nothing_else(cluster, loaded
     now = [info.pid for info in cluster.workers()]
     assert sum(pid not in pids for pid in now) == replaced
     assert remote.digest() == digest, "a write by one worker reached the others"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_wait_for_one_without_memory_are_told_and_kept(cluster, loaded, tmp_path, rank):
+    """On GPUs they notice nothing by themselves: their kernels wait."""
+    remote, inputs, reference = loaded
+    config = ParallelConfig(3, 1)
+    assert worst_error(remote.forward(inputs, config), reference) < 2e-6
+    pids = [info.pid for info in cluster.workers()]
+    fail = {**inputs, "fail": ("out of memory while others wait", rank, str(tmp_path / "failed"))}
+    with pytest.raises(OutOfMemory, match=rf"rank {rank} of 3 ran out of memory. rank {rank}: CUDA out of memory"):
+        remote.forward(fail, config)
+    assert len(list(tmp_path.iterdir())) == 3, "all of them waited"
+    assert worst_error(remote.forward(fail, config), reference) < 2e-6
+    assert [info.pid for info in cluster.workers()] == pids, "a worker was replaced"
 
 
 def test_ranks_that_fail_alike_are_reported_and_kept(cluster, loaded):
