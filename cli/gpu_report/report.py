@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from rayltx.cli.check import worst_of
+from rayltx.cli.gpu_report import shared_device
 from rayltx.cli.gpu_report.checks import CHECKS
-from rayltx.cli.gpu_report.shared_device import exchange_on_one_device
 from rayltx.devices import DeviceKind, kind_of
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
 from rayltx.distributed_worker.machine_facts import Fact
@@ -51,7 +51,7 @@ def write_report(
             f"gpu-report={path}: there is no such folder, or it is one; name a file in a folder that exists"
         )
     console, found = Console(width=max(Console().width, 100)), []
-    for check in (*CHECKS, exchange_on_one_device):
+    for check in (*CHECKS, shared_device.exchange_on_one_device):
         with Console(stderr=True).status(check.__name__.replace("_", " ")):
             facts = run_check_apart(check, request.device)
         found += _printed(console, facts)
@@ -76,7 +76,9 @@ def _printed(console: Console, facts: list[Fact]) -> list[Fact]:
 
 def run_check_apart(check: Check, device: str, limit_s: float = _LIMIT_S) -> list[Fact]:
     """A check's facts, whatever it does to its process."""
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process that has imported torch, and has touched no device: importing takes longer than most checks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([shared_device.__name__, "rayltx.cli.gpu_report.checks"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(check, device, theirs))
     process.start()

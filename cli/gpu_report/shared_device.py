@@ -25,13 +25,15 @@ from rayltx.sequence_parallel.sharded_keys import attention_over_sharded_keys
 from rayltx.sequence_parallel.ulysses import gather_tokens
 
 _LIMIT_S = 120.0
+_CONFIGS = (ParallelConfig(2, 1), ParallelConfig(3, 1), ParallelConfig(1, 2))
 _SHAPES = ((997, 8, 128), (7, 5, 64), (515, 7, 64))  # tokens, heads, head width
 # Against the kernel of the whole, which rounds too.
 _ALLOWED = {torch.float32: 10 * TOLERANCE, torch.bfloat16: 2e-2}
 
 
 def exchange_on_one_device(kind: DeviceKind) -> Iterator[Fact]:
-    for config in (ParallelConfig(2, 1), ParallelConfig(3, 1), ParallelConfig(1, 2)):
+    """Self-attention, and few queries over the keys of all, in each way of sharing them."""
+    for config in _CONFIGS:
         errors = _errors(kind, config)
         name = f"exchange, {config.ulysses_degree} x {config.ring_degree}"
         if isinstance(errors, str):
@@ -43,7 +45,8 @@ def exchange_on_one_device(kind: DeviceKind) -> Iterator[Fact]:
 
 
 def _errors(kind: DeviceKind, config: ParallelConfig) -> dict[torch.dtype, float] | str:
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     answers = context.SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
