@@ -15,7 +15,8 @@ from rayltx.comfy_dist.wire import (
     Difference,
     HookPatches,
     LoadInputs,
-    PatchState,
+    PatchTestInputs,
+    SentPatches,
     StepInputs,
     TextInputs,
 )
@@ -56,8 +57,17 @@ class ComfyHost(Host, Protocol):
         """
         ...
 
+    @collective
+    def patch_test(self, group: SequenceParallelGroup, inputs: PatchTestInputs) -> Difference | str:
+        """Compare the model, with its patches and options, sharded with itself whole. Rank 0's answer counts.
+
+        Returns what the model said instead, if it does not take such inputs even whole. Raises what it raises sharded.
+        Patches that keep something between calls begin anew for each of the calls, and after them.
+        """
+        ...
+
     @individual
-    def set_patches(self, state: PatchState) -> None:
+    def set_patches(self, sent: SentPatches) -> None:
         """Take the patches of a MODEL, in place of those before. They are applied when the weights are next loaded."""
         ...
 

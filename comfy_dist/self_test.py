@@ -98,6 +98,23 @@ CASES = (
 _AUDIO_CASES = ("video only", "reference audio", "without audio-to-video attention", "without video-to-audio attention")
 
 
+def case_like(x: object, kwargs: Mapping[str, Any]) -> Case:
+    """A small one of the kind of a call of the model's `_forward`: x as it takes it, the rest by name."""
+    streams: list[Any] = list(x) if isinstance(x, (list, tuple)) else [x]
+    given = {name for name, value in kwargs.items() if value is not None}
+    return Case(
+        "the kind of input of this run",
+        batch=streams[0].shape[0],
+        text_mask="attention_mask" in given,
+        mask="frame" if "denoise_mask" in given else "",
+        guides=1 if "keyframe_idxs" in given else 0,
+        guide_strength=0.5 if kwargs.get("guide_attention_entries") else 1.0,
+        audio=len(streams) > 1 and streams[1].numel() > 0,
+        reference_audio="ref_audio" in given,
+        generated_keyframes="generated_keyframes" in given,
+    )
+
+
 def cases_for(model: DiffusionModel) -> list[Case]:
     return [case for case in CASES if has_audio(model) or case.name not in _AUDIO_CASES]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rayltx.comfy_dist.comfy_types import KeyPatches, Options
+from rayltx.comfy_dist.self_test import Case
+from rayltx.distributed_worker.messages import Message
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class StepInputs:
     options_key: str  # read by `ComfyModel`: which of the options that it keeps go with them
     hooks_key: str | None  # read by `ComfyModel`: which of the hooks that it keeps are on; None: none
     load: LoadInputs
+    gathered: tuple[str, ...] = ()  # read by the seam: modules that are shown all tokens
+
+
+@dataclass(frozen=True)
+class PatchTestInputs:
+    """What patches are tried on: the options of a step, and small inputs of the step's kind, or the step's own."""
+
+    step: StepInputs
+    case: Case | None  # None: the step's own
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,9 @@ class ConstantOptions:
     """Transformer options that stay the same over many steps: patches and the like, whose state lives on between them."""
 
     key: str  # read by `ComfyModel`
-    options: Options  # read by the model and its patches
+    options: (
+        Message  # of the options, which the model and its patches read; unpacked anew for each trial of the patches
+    )
 
 
 @dataclass(frozen=True)
@@ -82,3 +95,15 @@ class Difference:
     @property
     def is_rounding(self) -> bool:
         return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class SentPatches:
+    """The patches of one MODEL as they cross: those that may keep something between calls apart."""
+
+    state: PatchState  # without `OBJECTS`
+    objects: Message  # of a dictionary of them, unpacked anew for each trial of the patches
+
+
+OBJECTS = ("object_patches", "injections")
+"""The fields of a PatchState that hold code."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import logging
@@ -31,10 +32,22 @@ from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
 from rayltx.comfy_dist.main_process.memory_estimate import Replicated, bytes_of_sharing
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving, advice
+from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.self_test_record import prove_seam
 from rayltx.comfy_dist.main_process.sent_hooks import SentHooks
-from rayltx.comfy_dist.wire import ConstantOptions, LoadInputs, PatchState, StepInputs, TextInputs
+from rayltx.comfy_dist.self_test import Case, case_like
+from rayltx.comfy_dist.wire import (
+    OBJECTS,
+    ConstantOptions,
+    Difference,
+    LoadInputs,
+    PatchState,
+    PatchTestInputs,
+    SentPatches,
+    StepInputs,
+    TextInputs,
+)
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
@@ -62,6 +75,8 @@ class WorkerLink:
         self._base_model = weakref.ref(detected.base_model)
         self._proved: tuple[Cluster, ParallelConfig] | None = None
         self._sent_patches: PatchState | None = None
+        self._patches_digest = b""
+        self._proofs = PatchProofs()
         self._sent_options: tuple[str, Message] | None = None  # their key, and themselves
         self.hooks = SentHooks(remote)
         self._runs = itertools.count()
@@ -83,16 +98,22 @@ class WorkerLink:
     def sync(self, patcher: Model) -> None:
         """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name."""
         self.move(patcher.placement)
+        self._send_patches(patcher)
+        self._put_on_devices()
+
+    def _send_patches(self, patcher: Model) -> None:
         state = patch_state_of(patcher)
         register_unimportable_modules()
         if self._sent_patches is None or not is_same_state(state, self._sent_patches):
             self._sent_patches = None
             self._check_patches(state)
             # As views: one copy of a LoRA for all workers.
-            self.remote.set_up(_PATCHES, ask(ComfyHost.set_patches, state), "forwarding patches", as_views=True)
+            objects = pack({name: getattr(state, name) for name in OBJECTS}, refer=self.remote.source.refer)
+            sent = SentPatches(dataclasses.replace(state, object_patches={}, injections={}), objects)
+            self._patches_digest = digest_of(objects)
+            self.remote.set_up(_PATCHES, ask(ComfyHost.set_patches, sent), "forwarding patches", as_views=True)
             self.hooks.forget()
             self._sent_patches = state
-        self._put_on_devices()
 
     def _put_on_devices(self) -> None:
         """Before a run, as ComfyUI does with a model of its own: what is free next to the weights is known then."""
@@ -129,7 +150,7 @@ class WorkerLink:
             self.remote.release_unless_busy()
             self.cluster, self.remote = cluster, cluster.load_source(self.remote.source)
             self._sent_patches = self._sent_options = None
-            self.hooks = SentHooks(self.remote)
+            self.hooks, self._proofs = SentHooks(self.remote), PatchProofs()
         self.placement = placement
         if self._proved != (cluster, placement.config):
             warn_if_ring_replaces(placement.comfyui_arguments, placement.config.ring_degree)
@@ -173,14 +194,18 @@ class WorkerLink:
         self.latent_shape = estimated_shape(x)
         self._replicated = Replicated.of(x, arguments.get("context"))
         patcher = self.base_model.current_patcher
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        kept = remote_options(options)
         inputs = StepInputs(
             arguments=arguments,
             changing_options={name: value for name, value in options.items() if name in CHANGING},
-            options_key=self._options_key(remote_options(options)),
-            hooks_key=None if patcher is None else self.hooks.key_of(patcher),
+            options_key=self._options_key(kept),
+            hooks_key=None,
             load=self._load_inputs(),
         )
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        if patcher is not None:
+            inputs = self._with_proved_patches(inputs, kept, poll)
+            inputs = dataclasses.replace(inputs, hooks_key=self.hooks.key_of(patcher))
 
         def step(saving: MemorySaving | None) -> ModelOutput:
             call = ask_together(ComfyHost.forward, inputs if saving is None else saving.step(inputs))
@@ -191,6 +216,26 @@ class WorkerLink:
         out = self._within_memory(step)
         device = (x[0] if isinstance(x, (list, tuple)) else x).device
         return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
+
+    def _with_proved_patches(self, inputs: StepInputs, options: Options, poll: Callable[[], None]) -> StepInputs:
+        """The same with the modules that are shown all tokens. Raises UnsupportedError for patches that cannot be shared."""
+        config, state = self.placement.config, self._sent_patches
+        names = names_of_patches(state, options)
+        if not names or config.world_size == 1 or state is None or self._sent_options is None:
+            return inputs
+        case = case_like(inputs.arguments["x"], inputs.arguments)
+        patched = Patched(names, state, self._sent_options[1], self._patches_digest, case, config)
+        modules = self._proofs.known(patched)
+        if modules is None:
+
+            def attempt(case: Case | None, modules: tuple[str, ...]) -> Difference | str:
+                arguments = inputs.arguments if case is None else {}
+                step = dataclasses.replace(inputs, arguments=arguments, gathered=modules)
+                call = ask_together(ComfyHost.patch_test, PatchTestInputs(step, case))
+                return self.remote.call_together(call, config, "trying the patches", poll=poll, repeats=0)
+
+            modules = self._proofs.prove(patched, attempt)
+        return dataclasses.replace(inputs, gathered=modules)
 
     def _within_memory(self, work: Callable[[MemorySaving | None], _Result]) -> _Result:
         """What the work gives. Where memory runs out it is tried once more with less, and so is the rest of the run.
@@ -245,9 +290,8 @@ class WorkerLink:
             raise UnsupportedError(f"the transformer options cannot be sent to the workers: {error}") from error
         if self._sent_options is None or not message.is_same(self._sent_options[1]):
             key = uuid.uuid4().hex
-            self.remote.set_up(
-                _OPTIONS, ask(ComfyHost.keep_options, ConstantOptions(key, options)), "forwarding patches"
-            )
+            call = ask(ComfyHost.keep_options, ConstantOptions(key, message))
+            self.remote.set_up(_OPTIONS, call, "forwarding patches")
             self._sent_options = (key, message)
         return self._sent_options[0]
 

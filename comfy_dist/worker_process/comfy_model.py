@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import comfy.model_management as management
@@ -18,16 +20,18 @@ from rayltx.comfy_dist.wire import (
     Difference,
     HookPatches,
     LoadInputs,
-    PatchState,
+    PatchTestInputs,
+    SentPatches,
     StepInputs,
     TextInputs,
 )
-from rayltx.comfy_dist.worker_process.kernel_test import differences_by_case
+from rayltx.comfy_dist.worker_process.kernel_test import call_in_dtype, difference, differences_by_case
 from rayltx.comfy_dist.worker_process.model_on_shared_weights import build_on
 from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
+from rayltx.distributed_worker.messages import Message, unpack
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
 
@@ -42,6 +46,8 @@ class ComfyModel(ComfyHost):
         self._loaded_for: tuple[int, int] | None = None  # the run and the budget
         self._hooks: dict[str, RemoteHooks] = {}
         self._options: dict[str, Options] = {}
+        self._packed_options: dict[str, Message] = {}
+        self._packed_objects: Message | None = None  # of the patches that are on
 
     # ---- loading
 
@@ -68,20 +74,48 @@ class ComfyModel(ComfyHost):
 
     def forward(self, group: SequenceParallelGroup, inputs: StepInputs) -> ModelOutput | None:
         with torch.inference_mode():
-            device = self._patcher.load_device
             self._put_on_device(inputs.load)
             hooks = None if inputs.hooks_key is None else self._hooks[inputs.hooks_key]
             if hooks != self._patcher.current_hooks:
                 self._patcher.patch_hooks(hooks)
-            options = {**self._options[inputs.options_key], **inputs.changing_options}
-            arguments = _to_device(inputs.arguments, device)
-            arguments["transformer_options"] = _to_device(options, device)
-            with sharded(self.diffusion_model, group, options.get(CHUNKS_OPTION, 1)):
-                out = self.diffusion_model._forward(**arguments)
+            with self._sharded(group, inputs):
+                out = self._call(inputs, self._options_of(inputs))
             return _to_device(out, torch.device("cpu")) if group.rank == 0 else None
 
+    def _options_of(self, inputs: StepInputs) -> Options:
+        options = {**self._options[inputs.options_key], **inputs.changing_options}
+        return _to_device(options, self._patcher.load_device)
+
+    def _call(self, inputs: StepInputs, options: Options) -> ModelOutput:
+        arguments = _to_device(inputs.arguments, self._patcher.load_device)
+        return self.diffusion_model._forward(**arguments, transformer_options=options)
+
+    def _sharded(self, group: SequenceParallelGroup, inputs: StepInputs) -> AbstractContextManager[None]:
+        options = {**self._options[inputs.options_key], **inputs.changing_options}
+        return sharded(self.diffusion_model, group, options.get(CHUNKS_OPTION, 1), inputs.gathered)
+
+    def patch_test(self, group: SequenceParallelGroup, inputs: PatchTestInputs) -> Difference | str:
+        step, case = inputs.step, inputs.case
+        model, device, dtype = self.diffusion_model, self._patcher.load_device, self._spec.compute_dtype
+
+        def call() -> list[Tensor]:
+            kept = unpack(self._packed_options[step.options_key], self.module)
+            options = _to_device({**kept, **step.changing_options}, device)
+            if case is not None:
+                return call_in_dtype(model, case, dtype, device, options)
+            out = self._call(step, options)
+            return [stream.clone() for stream in (out if isinstance(out, (list, tuple)) else [out])]
+
+        with torch.inference_mode():
+            self._put_on_device(step.load)
+            try:
+                return difference(call, model, functools.partial(self._sharded, group, step), self._renew_objects)
+            finally:
+                self._renew_objects()
+
     def keep_options(self, options: ConstantOptions) -> None:
-        self._options = {options.key: options.options}  # one MODEL samples at a time
+        self._packed_options = {options.key: options.options}  # one MODEL samples at a time
+        self._options = {options.key: unpack(options.options, self.module)}
 
     def keep_hooks(self, hooks: HookPatches) -> None:
         self._hooks[hooks.key] = RemoteHooks(hooks)
@@ -95,15 +129,24 @@ class ComfyModel(ComfyHost):
             self._hooks.clear()
             give_back_freed_memory()
 
-    def set_patches(self, state: PatchState) -> None:
+    def set_patches(self, sent: SentPatches) -> None:
         with torch.inference_mode():
             self._patcher.clean_hooks()
             self._hooks.clear()
             patcher = self._base.clone()
-            for name, value in vars(state).items():
+            for name, value in {**vars(sent.state), **unpack(sent.objects, self.module)}.items():
                 setattr(patcher, name, value)
-            self._patcher = patcher
+            self._patcher, self._packed_objects = patcher, sent.objects
             self._loaded_for = None
+
+    def _renew_objects(self) -> None:
+        """Put the patches that are code in their own place, as they were sent."""
+        if self._packed_objects is None:
+            return
+        self._patcher.unpatch_model(unpatch_weights=False)
+        for name, value in unpack(self._packed_objects, self.module).items():
+            setattr(self._patcher, name, value)
+        self._patcher.patch_model(load_weights=False)
 
     def preprocess_text(self, inputs: TextInputs) -> Tensor:
         with torch.inference_mode():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,14 +48,38 @@ def differences_by_case(
         for case in cases_for(short):
             if case.name not in _CASES:
                 continue
-            whole = _call(short, case, dtype, device)
+            whole = call_in_dtype(short, case, dtype, device)
             for seed in range(_NOISE_SAMPLES):
                 with rounded_otherwise(short, seed):
-                    noise.append(_worst_error(_call(short, case, dtype, device), whole))
+                    noise.append(_worst_error(call_in_dtype(short, case, dtype, device), whole))
             with sharded(short, group):
-                errors[case.name] = _worst_error(_call(short, case, dtype, device), whole)
+                errors[case.name] = _worst_error(call_in_dtype(short, case, dtype, device), whole)
     # One bound for all: quantised layers jump from one value to the next, in one sample and not in another.
     return {name: Difference(error, max(noise)) for name, error in errors.items()}
+
+
+def difference(
+    call: Callable[[], list[Tensor]], model: DiffusionModel, scope: Callable[[], Any], renew: Callable[[], None]
+) -> Difference | str:
+    """How far a call of the model is within a scope from what it is outside, and how far rounding would take it.
+
+    renew: done before each call: what the one before has left behind is taken away.
+    Returns what the model said instead, if it cannot be called outside of it. Raises what it raises within.
+    """
+    try:
+        renew()
+        whole = call()
+    except Exception as error:  # whatever a patch says to inputs that it is not for
+        return f"{type(error).__name__}: {error}"
+    noise = [TOLERANCE]
+    for seed in range(_NOISE_SAMPLES):
+        renew()
+        with rounded_otherwise(model, seed):
+            noise.append(_worst_error(call(), whole))
+    renew()
+    with scope():
+        within = call()
+    return Difference(_worst_error(within, whole), max(noise))
 
 
 def first_blocks(model: DiffusionModel, device: torch.device) -> DiffusionModel:
@@ -104,9 +128,19 @@ def rounded_otherwise(model: nn.Module, seed: int = 0) -> Iterator[None]:
         yield
 
 
-def _call(model: DiffusionModel, case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """The model's answer to a case's inputs in the dtype that ComfyUI would hand them in: all but timesteps in its own."""
+def call_in_dtype(
+    model: DiffusionModel,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: Mapping[str, Any] | None = None,
+) -> list[Tensor]:
+    """The model's answer to a case's inputs in the dtype that ComfyUI would hand them in: all but timesteps in its own.
+
+    options: transformer options besides the case's.
+    """
     (x, timestep), kwargs = forward_arguments(model, case, device)
+    kwargs["transformer_options"].update(options or {})
     return answer(
         model, (_in_dtype(x, dtype), timestep), {key: _in_dtype(value, dtype) for key, value in kwargs.items()}
     )

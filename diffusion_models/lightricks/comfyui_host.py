@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
 from rayltx.diffusion_models.lightricks.guide_masks import self_attention_mask_of
@@ -32,7 +33,8 @@ from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.masks import GroupedMask, SelfAttentionMask
-from rayltx.sequence_parallel.ulysses import gather_tokens
+from rayltx.sequence_parallel.partition import Partition
+from rayltx.sequence_parallel.ulysses import all_gather_tokens, gather_tokens
 
 # What the seam puts on ComfyUI's objects, for the time of a forward:
 # - in the transformer options, under a key of ComfyUI's: what is called in place of the attention kernel;
@@ -47,11 +49,15 @@ MASK = "rayltx_self_attention_mask"
 
 
 @contextlib.contextmanager
-def sharded(diffusion_model: Any, group: SequenceParallelGroup, feed_forward_chunks: int = 1) -> Iterator[None]:
+def sharded(
+    diffusion_model: Any, group: SequenceParallelGroup, feed_forward_chunks: int = 1, gathered: Collection[str] = ()
+) -> Iterator[None]:
     """Let a ComfyUI LTX model run on this rank's tokens within the `with`.
 
     diffusion_model: an LTXVModel or LTXAVModel. Its forward, called with whole inputs on every rank, returns the whole
     answer on rank 0, and something of the same shape elsewhere.
+    gathered: modules of blocks, by name, that are shown all tokens, because a patch made them look at more than one at a
+    time: attention modules and `ff`. What they compute is not shared.
     Collective: every rank of the group calls the model with the same inputs.
     """
     forward = _ShardedForward(group)
@@ -60,16 +66,20 @@ def sharded(diffusion_model: Any, group: SequenceParallelGroup, feed_forward_chu
             original = getattr(diffusion_model, name, None)
             if original is not None:  # guide masks came later than the rest
                 scope.enter_context(replaced(diffusion_model, name, functools.partial(wrapper, original)))
-        for block in diffusion_model.transformer_blocks:
+        for number, block in enumerate(diffusion_model.transformer_blocks):
             for role in AttentionRole:
                 attention = getattr(block, role.value, None)
-                if attention is not None:
+                if attention is not None and f"transformer_blocks.{number}.{role.value}" not in gathered:
                     tag = functools.partial(_tag_role, role)
                     scope.callback(attention.register_forward_pre_hook(tag, with_kwargs=True).remove)
         scope.enter_context(agreed_input_scales(diffusion_model, group))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
         if feed_forward_chunks != 1:
             scope.enter_context(chunked(diffusion_model, feed_forward_chunks))
+        for name in gathered:
+            module = diffusion_model.get_submodule(name)
+            on_all = functools.partial(forward.on_all_tokens, module.forward, name.rpartition(".")[2])
+            scope.enter_context(replaced(module, "forward", on_all))
         yield
 
 
@@ -227,12 +237,39 @@ class _ShardedForward:
         # Another pack's override can be anything: it is shown whole attentions, not parts to be merged.
         return sequence.attend(role, query, key, value, local, mask, mergeable=chained is None).flatten(2)
 
+    def on_all_tokens(
+        self, original: Callable[..., Tensor], module_name: str, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A module's forward, shown all video tokens. Returns what it gives for this rank's; for audio's queries, for all."""
+        world, tokens = self.sequence.group.world, self.sequence.partition.tokens
+        if world is None or module_name in (AttentionRole.AUDIO_SELF.value, AttentionRole.AUDIO_TEXT.value):
+            return original(x, *args, **kwargs)
+        gather = functools.partial(_gather_rows, self.sequence.num_local, tokens, world)
+        if module_name == AttentionRole.VIDEO_TO_AUDIO.value:
+            whole = {name: gather(value) if name in ("context", "k_pe") else value for name, value in kwargs.items()}
+            return original(x, *map(gather, args), **whole)
+        whole = {name: gather(value) if name == "pe" else value for name, value in kwargs.items()}
+        return original(gather(x), *args, **whole)[:, self.sequence.local].contiguous()
+
     def gather_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Collect the predicted tokens on rank 0, where they are narrowest. Elsewhere the shape is kept."""
         whole = gather_tokens(output, self.sequence.partition.tokens, self.sequence.group.world)
         if whole is None:
             whole = output.new_zeros(1).expand(output.shape[0], self.sequence.partition.num_tokens, output.shape[2])
         return whole
+
+
+def _gather_rows(num_local: int, tokens: Partition, world: ProcessGroup, value: Any) -> Any:
+    """Tensors with a dimension of this rank's tokens, behind the batch, with all tokens there; also inside of tuples.
+
+    Positions are (B, n, H, ...), and in other versions (B, n, D) or (B, H, n, ...).
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(_gather_rows(num_local, tokens, world, item) for item in value)
+    if not isinstance(value, Tensor) or num_local not in value.shape[1:]:
+        return value
+    dimension = 1 + list(value.shape[1:]).index(num_local)
+    return all_gather_tokens(value.movedim(dimension, 1), tokens, world).movedim(1, dimension)
 
 
 def _cut(coordinates: Tensor, local: slice) -> Tensor:

@@ -132,6 +132,7 @@ def test_a_model_that_another_has_pushed_out_is_loaded_again(comfy, tmp_path):
     from rayltx.comfy_dist.wire import ConstantOptions, LoadInputs, StepInputs
     from rayltx.comfy_dist.worker_process.comfy_model import ComfyModel
     from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
+    from rayltx.distributed_worker.messages import pack
     from rayltx.distributed_worker.weights import map_file
     from rayltx.sequence_parallel.group import SequenceParallelGroup
 
@@ -141,7 +142,7 @@ def test_a_model_that_another_has_pushed_out_is_loaded_again(comfy, tmp_path):
     model = ComfyModel(detected.spec, "cpu")
     model.assign(map_file(checkpoint, tuple(checkpoint.tensors), detected.dtypes))
     model.finish_loading()
-    model.keep_options(ConstantOptions("none", {}))
+    model.keep_options(ConstantOptions("none", pack({})))
     (x, timestep), kwargs = forward_arguments(model.diffusion_model, CASES[0], torch.device("cpu"))
     kwargs.pop("transformer_options")
     arguments = {"x": x, "timestep": timestep, **kwargs}

@@ -60,17 +60,17 @@ def test_what_is_not_marked_cannot_be_asked():
 
 RIGHT = """
 from rayltx.comfy_dist.comfy_host import ComfyHost
-from rayltx.comfy_dist.wire import LoadInputs, PatchState, TextInputs
+from rayltx.comfy_dist.wire import LoadInputs, SentPatches, TextInputs
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker import Worker
 from rayltx.distributed_worker.worker_calls import ask, ask_together
 
-def calls(model: RemoteModel, load: LoadInputs) -> None:
-    model.set_up("patches", ask(ComfyHost.set_patches, PatchState()), "patches")
+def calls(model: RemoteModel, load: LoadInputs, sent: SentPatches) -> None:
+    model.set_up("patches", ask(ComfyHost.set_patches, sent), "patches")
     width: int = model.call(ask(ComfyHost.preprocess_text, TextInputs((), {}, load)), "text")[0].shape[-1]
 """
 WRONG = {
-    "    model.call(ask(ComfyHost.set_patch, PatchState()), 'a misspelt method')": "attr-defined",
+    "    model.call(ask(ComfyHost.set_patch, sent), 'a misspelt method')": "attr-defined",
     "    model.call(ask(ComfyHost.set_patches, load), 'an argument of another type')": "arg-type",
     "    model.call(ask(ComfyHost.set_patches), 'an argument too few')": "call-arg",
     "    model.call(ask(Worker.leave), 'not of a host')": "type-var",

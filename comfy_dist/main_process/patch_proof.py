@@ -1,0 +1,146 @@
+"""Patches are proved before they are trusted: whether a patched model gives on several ranks what it gives on one.
+
+A patch that treats each token by itself runs on a rank's tokens like the model. One that counts tokens, or attends by its own
+means, would give another picture without a word. So the workers compare, with the patches on, before the first step. Where
+that differs, and the patches sit on modules, the modules are shown all tokens, and are proved again. What is left is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rayltx.comfy_dist.comfy_types import Options
+from rayltx.comfy_dist.main_process.forwarding import MODEL_PREFIX
+from rayltx.comfy_dist.self_test import Case
+from rayltx.comfy_dist.wire import Difference, PatchState
+from rayltx.diffusion_models.lightricks.roles import AttentionRole
+from rayltx.distributed_worker.messages import INLINE_BYTES, Message
+from rayltx.errors import RanksDisagree, RanksFailedAlike, UnsupportedError
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+logger = logging.getLogger(__name__)
+
+_FEED_FORWARD = "ff"
+_CAN_BE_SHOWN_ALL = {role.value for role in AttentionRole} | {_FEED_FORWARD}
+_OPTION_PATCHES = ("patches", "patches_replace", "optimized_attention_override")
+
+Try = Callable[["Case | None", tuple[str, ...]], "Difference | str"]
+"""(small inputs or None for the step's own, modules that are shown all tokens) -> as `ComfyHost.patch_test`."""
+
+
+def names_of_patches(state: PatchState | None, options: Options) -> list[str]:
+    """What a MODEL has besides patches of weights, for messages; [] for nothing that has to be proved."""
+    names = []
+    if state is not None:
+        names += [name for name in state.object_patches if name.startswith(MODEL_PREFIX)]
+        names += [f"injection {name}" for name in state.injections]
+        names += [f"weight wrapper of {name}" for name in state.weight_wrapper_patches]
+    for kind in _OPTION_PATCHES:
+        found = options.get(kind)
+        if isinstance(found, Mapping):
+            names += [f"{kind} {name}" for name, inner in found.items() if inner]
+        elif found is not None:
+            names.append(kind)
+    return names
+
+
+def modules_to_show_all(state: PatchState) -> tuple[str, ...]:
+    """The modules, by name, that object patches sit on; () if one sits where tokens cannot be gathered around it."""
+    modules = set()
+    for name in state.object_patches:
+        if not name.startswith(MODEL_PREFIX):
+            continue
+        module = name.removeprefix(MODEL_PREFIX).removesuffix(".forward")
+        if not module.startswith("transformer_blocks.") or module.rpartition(".")[2] not in _CAN_BE_SHOWN_ALL:
+            return ()
+        modules.add(module)
+    return tuple(sorted(modules))
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What is to be proved: patches, and a kind of input, on ranks that share the work in one way."""
+
+    names: list[str]
+    state: PatchState
+    options: Message
+    state_digest: bytes
+    case: Case
+    config: ParallelConfig
+
+    def key(self) -> bytes:
+        """The same for the same: patches by what they are made of, without the large tensors in them."""
+        digest = hashlib.sha256(self.state_digest)
+        digest.update(digest_of(self.options))
+        digest.update(repr((self.case, self.config)).encode())
+        return digest.digest()
+
+
+def digest_of(message: Message) -> bytes:
+    digest = hashlib.sha256(message.payload)
+    for wire in message.tensors:
+        digest.update(repr((wire.dtype, wire.shape)).encode())
+        if getattr(wire.data, "nbytes", INLINE_BYTES) < INLINE_BYTES:
+            digest.update(bytes(wire.data))
+    return digest.digest()
+
+
+class PatchProofs:
+    """What has been proved on some workers."""
+
+    def __init__(self) -> None:
+        self._proved: dict[bytes, tuple[str, ...]] = {}
+
+    def known(self, patched: Patched) -> tuple[str, ...] | None:
+        """The modules to show all tokens, if these patches have been proved."""
+        return self._proved.get(patched.key())
+
+    def prove(self, patched: Patched, attempt: Try) -> tuple[str, ...]:
+        """Returns the modules to show all tokens. Raises UnsupportedError, by the patches' names, if nothing is equal."""
+        started = time.monotonic()
+        named = ", ".join(patched.names[:4]) + (
+            f", and {len(patched.names) - 4} more" if len(patched.names) > 4 else ""
+        )
+        found = _tried(attempt, patched.case, ())
+        modules: tuple[str, ...] = ()
+        if isinstance(found, str) or not found.is_rounding:
+            modules = modules_to_show_all(patched.state)
+            shown = _tried(attempt, patched.case, modules) if modules else found
+            if isinstance(shown, str) or not shown.is_rounding:
+                raise UnsupportedError(_refusal(named, found, patched.config))
+            logger.warning(
+                "%s: looks at more than one token at a time, so %d modules run on all tokens on every rank: exact, and not "
+                "faster there than on one GPU", named, len(modules),
+            )  # fmt: skip
+            found = shown
+        logger.info(
+            "%s: exact on %d ranks (%.1e of %.1e that rounding accounts for, %.1f s)",
+            named, patched.config.world_size, found.error, found.allowed, time.monotonic() - started,
+        )  # fmt: skip
+        self._proved[patched.key()] = modules
+        return modules
+
+
+def _tried(attempt: Try, case: Case, modules: tuple[str, ...]) -> Difference | str:
+    """On small inputs, or on the step's own where a patch does not take such."""
+    try:
+        found = attempt(case, modules)
+        return attempt(None, modules) if isinstance(found, str) else found
+    except (RanksDisagree, RanksFailedAlike) as error:
+        return str(error).splitlines()[0]
+
+
+def _refusal(named: str, found: Difference | str, config: ParallelConfig) -> str:
+    if isinstance(found, str):
+        difference = f"does not run there ({found})"
+    else:
+        difference = f"would differ by {found.error:.1e} of itself (rounding accounts for {found.allowed:.1e})"
+    return (
+        f"a patch looks at more than one video token at a time, and each of {config.world_size} GPUs holds a part of them: with "
+        f"{named}, the model's answer {difference}. Remove the node that adds it, or set GPU, ulysses_degree and ring_degree "
+        "to 1 for this graph"
+    )

@@ -1,0 +1,187 @@
+"""Patches of any kind: shared where they treat tokens by themselves, shown all tokens where they can be, or refused."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy_scenarios as scenarios
+import pytest
+import torch
+from comfy_models import CONFIGS, VERSIONS, slow
+
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
+from rayltx.errors import UnsupportedError
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+pytestmark = pytest.mark.comfyui
+TOLERANCE = 2e-5  # of a sampling with patches that attend by other kernels than the model
+DEGREES = [(2, 1), *slow((1, 2), (3, 1))]
+
+
+def block_of(model, number):
+    return model.model.diffusion_model.transformer_blocks[number]
+
+
+def own_attention(attention):
+    """Self-attention with a kernel of its own, as patches for faster ones have it."""
+
+    def forward(x, context=None, mask=None, pe=None, k_pe=None, transformer_options={}):  # noqa: B006
+        from comfy.ldm.lightricks.model import apply_rotary_emb
+
+        query, key = attention.q_norm(attention.to_q(x)), attention.k_norm(attention.to_k(x))
+        query, key = apply_rotary_emb(query, pe), apply_rotary_emb(key, pe)
+        heads = [y.unflatten(2, (attention.heads, -1)).transpose(1, 2) for y in (query, key, attention.to_v(x))]
+        out = torch.nn.functional.scaled_dot_product_attention(*heads)
+        return attention.to_out(out.transpose(1, 2).flatten(2))
+
+    return forward
+
+
+def text_mask_by_query(original):
+    """Text attention with a mask for each query by its place, as temporal prompts have it."""
+
+    def forward(x, context=None, mask=None, **kwargs):
+        queries, keys = x.shape[1], context.shape[1]
+        places = torch.linspace(0, 1, queries, device=x.device, dtype=x.dtype)
+        by_query = -6.0 * (places[:, None] - torch.linspace(0, 1, keys, device=x.device, dtype=x.dtype)).abs()
+        by_query = by_query.expand(x.shape[0], 1, queries, keys)
+        return original(x, context=context, mask=by_query if mask is None else by_query + mask, **kwargs)
+
+    return forward
+
+
+def normalised_over_tokens(original):
+    def forward(x):
+        out = original(x)
+        return out / out.std(dim=1, keepdim=True)
+
+    return forward
+
+
+def own_attentions(model):
+    for number in range(2):
+        attention = block_of(model, number).attn1
+        model.add_object_patch(f"diffusion_model.transformer_blocks.{number}.attn1.forward", own_attention(attention))
+
+
+def text_masks(model):
+    attention = block_of(model, 1).attn2
+    model.add_object_patch("diffusion_model.transformer_blocks.1.attn2.forward", text_mask_by_query(attention.forward))
+
+
+def normalised_feed_forward(model):
+    feed_forward = block_of(model, 0).ff
+    patch = normalised_over_tokens(feed_forward.forward)
+    model.add_object_patch("diffusion_model.transformer_blocks.0.ff.forward", patch)
+
+
+class NormalisesOverTokens:
+    def __call__(self, args, extra):
+        out = extra["original_block"](args)["img"]
+        video = out[0] if isinstance(out, tuple) else out
+        video = video / video.std(dim=1, keepdim=True)
+        return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
+
+
+class ScalesByIndex(NormalisesOverTokens):
+    def __call__(self, args, extra):
+        out = extra["original_block"](args)["img"]
+        video = out[0] if isinstance(out, tuple) else out
+        video = video * torch.linspace(0.5, 1.5, video.shape[1], device=video.device, dtype=video.dtype)[:, None]
+        return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
+
+
+class Scales(NormalisesOverTokens):
+    def __call__(self, args, extra):
+        out = extra["original_block"](args)["img"]
+        return {"img": (out[0] * 1.1, *out[1:]) if isinstance(out, tuple) else out * 1.1}
+
+
+def on_a_block(patch):
+    def apply(model):
+        model.set_model_patch_replace(patch, "dit", "double_block", 0)
+
+    return apply
+
+
+def inlined_block(model):
+    """A block's forward that attends without the attention modules: what they are told by their calls is lost."""
+    block = block_of(model, 0)
+    original, attention = block.forward, own_attention(block.attn1)
+
+    def forward(x, *args, **kwargs):
+        out = original(x, *args, **kwargs)
+        video = out[0] if isinstance(out, tuple) else out
+        pe = kwargs.get("pe") if kwargs.get("pe") is not None else kwargs.get("v_pe")
+        video = video + 0.5 * attention(video, pe=pe)
+        return (video, *out[1:]) if isinstance(out, tuple) else video
+
+    model.add_object_patch("diffusion_model.transformer_blocks.0.forward", forward)
+
+
+def sample(model, version):
+    with torch.inference_mode():
+        return scenarios.tensors_of(scenarios.euler(model, version, CONFIGS[version]))
+
+
+@pytest.fixture
+def patched(models, caplog):
+    """patched(version, degrees, apply) -> (the workers' answer, ComfyUI's own); the log is in caplog."""
+
+    def get(version, degrees, apply):
+        whole, twin = (model.clone() for model in models(version)[:2])
+        twin = twin.with_config(ParallelConfig(*degrees))
+        apply(whole)
+        apply(twin)
+        with caplog.at_level(logging.INFO, "rayltx"):
+            return sample(twin, version), sample(whole, version), sample(models(version)[0], version)
+
+    return get
+
+
+@pytest.mark.parametrize("degrees", DEGREES)
+@pytest.mark.parametrize("apply", [own_attentions, text_masks, normalised_feed_forward])
+@pytest.mark.parametrize("version", ["LTX-Video", *VERSIONS[:1], *slow("LTX-2", "LTX-2.5")])
+def test_modules_that_look_at_more_than_one_token_are_shown_all(patched, caplog, version, apply, degrees):
+    out, expected, plain = patched(version, degrees, apply)
+    for mine, reference in zip(out, expected):
+        assert relative_error(mine, reference) <= TOLERANCE
+    if apply is not own_attentions:  # which is another kernel, and the same attention where the model has no gates
+        assert relative_error(expected[0], plain[0]) > 1e-3, "the patch does nothing"
+    assert "run on all tokens on every rank" in caplog.text and "exact on" in caplog.text
+
+
+@pytest.mark.parametrize("degrees", DEGREES)
+@pytest.mark.parametrize(
+    "apply, name",
+    [
+        (on_a_block(NormalisesOverTokens()), "patches_replace dit"),
+        (on_a_block(ScalesByIndex()), "patches_replace dit"),
+        (inlined_block, "diffusion_model.transformer_blocks.0.forward"),
+    ],
+)
+@pytest.mark.parametrize("version", ["LTX-Video", *VERSIONS[:1]])
+def test_what_cannot_be_shared_is_refused_by_name(patched, version, apply, name, degrees):
+    with pytest.raises(UnsupportedError, match=rf"with {name}.*would differ by .*Remove the node that adds it"):
+        patched(version, degrees, apply)
+
+
+@pytest.mark.parametrize("version", ["LTX-Video", *VERSIONS[:1]])
+def test_what_treats_tokens_by_themselves_is_shared_and_tried_once(patched, models, caplog, monkeypatch, version):
+    from rayltx.distributed_worker.remote_model import RemoteModel
+
+    tried, call_together = [], RemoteModel.call_together
+
+    def noted(self, call, config, what="the step", *args, **kwargs):
+        tried.append(what)
+        return call_together(self, call, config, what, *args, **kwargs)
+
+    monkeypatch.setattr(RemoteModel, "call_together", noted)
+    for attempt in range(2):
+        out, expected, _ = patched(version, (2, 1), on_a_block(Scales()))
+        assert all(relative_error(mine, reference) <= TOLERANCE for mine, reference in zip(out, expected))
+        assert tried.count("trying the patches") == 1, attempt
+    assert "all tokens on every rank" not in caplog.text and "patches_replace dit: exact on 2 ranks" in caplog.text
+    tried.clear()
+    sample(models(version)[1], version)
+    assert "trying the patches" not in tried, "nothing to prove without patches"
