@@ -5,6 +5,7 @@ In a thread of its own: the finaliser of a MODEL may run inside of Ray's own loc
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import logging
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Of links whose MODEL is gone; an Event asks to be set when all before it are done. A SimpleQueue can be put to in a
 # finaliser, whatever is going on in the thread that it interrupts.
-_orphans: queue.SimpleQueue[WorkerLink | threading.Event] = queue.SimpleQueue()
+_orphans: queue.SimpleQueue[WorkerLink | threading.Event | None] = queue.SimpleQueue()
 _RELEASE_TIMEOUT_S = 30.0
 
 
@@ -30,6 +31,8 @@ def _janitor() -> threading.Thread:
     def work() -> None:
         while True:
             orphan = _orphans.get()
+            if orphan is None:
+                return
             if isinstance(orphan, threading.Event):
                 orphan.set()
                 continue
@@ -41,7 +44,14 @@ def _janitor() -> threading.Thread:
 
     thread = threading.Thread(target=work, name="rayltx-janitor", daemon=True)
     thread.start()
+    atexit.register(_end, thread)
     return thread
+
+
+def _end(thread: threading.Thread) -> None:
+    """Before the interpreter goes: a thread that frees tensors then is ended in the middle of torch's code, which aborts."""
+    _orphans.put(None)
+    thread.join(_RELEASE_TIMEOUT_S)
 
 
 def wait_for_releases() -> None:
