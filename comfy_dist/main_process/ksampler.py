@@ -89,23 +89,23 @@ def sample_custom(
     sigmas: Tensor,
     latent: Latent,
 ) -> Latent:
-    """ComfyUI's SamplerCustom. Returns the LATENT."""
+    """ComfyUI's SamplerCustom. Returns the LATENT. The sigmas stay as they are: some samplers write into theirs."""
     return call_node(
         CUSTOM_SAMPLING, "SamplerCustom", model=model, add_noise=add_noise, noise_seed=seed, cfg=cfg, positive=positive,
-        negative=negative, sampler=sampler, sigmas=sigmas, latent_image=latent,
+        negative=negative, sampler=sampler, sigmas=sigmas.clone(), latent_image=latent,
     )[0]  # fmt: skip
 
 
 def sample_guided(
     guider: Guider, add_noise: bool, seed: int, sampler: Sampler, sigmas: Tensor, latent: Latent
 ) -> tuple[Latent, Latent]:
-    """ComfyUI's SamplerCustomAdvanced. Returns its two LATENTs."""
+    """ComfyUI's SamplerCustomAdvanced. Returns its two LATENTs. The sigmas stay as they are, as above."""
     noise = (
         call_node(CUSTOM_SAMPLING, "RandomNoise", noise_seed=seed)[0]
         if add_noise
         else call_node(CUSTOM_SAMPLING, "DisableNoise")[0]
     )
     return call_node(
-        CUSTOM_SAMPLING, "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
-        latent_image=latent,
+        CUSTOM_SAMPLING, "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, latent_image=latent,
+        sigmas=sigmas.clone(),
     )[:2]  # fmt: skip

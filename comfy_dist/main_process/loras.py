@@ -30,7 +30,8 @@ def with_loras(model: Model, loras: Sequence[LoraFile]) -> Model:
 
 def _with_lora(model: Model, lora: LoraFile) -> Model:
     name = Path(lora.path).name
-    tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(lora.path, safe_load=True))
+    loaded, metadata = comfy.utils.load_torch_file(lora.path, safe_load=True, return_metadata=True)
+    tensors = comfy.lora_convert.convert_lora(loaded)
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
     clone = model.clone()
@@ -44,6 +45,10 @@ def _with_lora(model: Model, lora: LoraFile) -> Model:
     wrong = misfits(clone.patches, getattr(model.model.diffusion_model, LINK).state_dict, MODEL_PREFIX)
     if wrong:
         raise InputError(f"{name}: it is a LoRA for another model: {'; '.join(wrong[:3])}")
+    if metadata:
+        clone.set_attachments(
+            "lora_metadata", metadata
+        )  # where nodes for IC-LoRAs look, as behind ComfyUI's own loader
     left = _unmatched(tensors, {name for name, target in key_map.items() if _name(target) in fitting})
     if left:
         logger.warning("%s: %d of %d tensors fit no layer: %s", name, len(left), len(tensors), ", ".join(left[:8]))

@@ -232,6 +232,7 @@ def load_twin(
         diffusion_model.__class__ = _remote_class(type(diffusion_model))  # type: ignore[arg-type]
         object.__setattr__(diffusion_model, LINK, link)
         _share_memory_estimate(base_model, link)
+        link.keep_snapshot()
         base_model.device = comfy.model_management.unet_offload_device()
         release_with(base_model, link)
         return patcher_of(base_model).placed(placement)

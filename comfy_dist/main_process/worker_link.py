@@ -32,6 +32,7 @@ from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
 from rayltx.comfy_dist.main_process.memory_estimate import Replicated, bytes_of_sharing
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving, advice
+from rayltx.comfy_dist.main_process.module_snapshot import ModuleSnapshot
 from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.self_test_record import prove_seam
@@ -77,6 +78,7 @@ class WorkerLink:
         self._sent_patches: PatchState | None = None
         self._patches_digest = b""
         self._proofs = PatchProofs()
+        self._as_loaded: ModuleSnapshot | None = None
         self._sent_options: tuple[str, Message] | None = None  # their key, and themselves
         self.hooks = SentHooks(remote)
         self._runs = itertools.count()
@@ -93,10 +95,16 @@ class WorkerLink:
         assert found is not None, "the model is used after it was collected"
         return found
 
+    def keep_snapshot(self) -> None:
+        """The model of this process is whole now: what is changed in place from here on is seen."""
+        self._as_loaded = ModuleSnapshot(self.base_model.diffusion_model)
+
     # ---- patches
 
     def sync(self, patcher: Model) -> None:
         """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name."""
+        if self._as_loaded is not None:
+            self._as_loaded.check(self.base_model.diffusion_model)
         self.move(patcher.placement)
         self._send_patches(patcher)
         self._put_on_devices()

@@ -1,0 +1,111 @@
+"""What graphs depend on besides the picture."""
+
+from __future__ import annotations
+
+import comfy_scenarios as scenarios
+import pytest
+import torch
+from comfy_models import CONFIGS
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.comfyui
+
+
+def test_a_lora_brings_its_metadata_as_comfyuis_loader_does(models, tmp_path):
+    """Nodes for IC-LoRAs read the reference's scale there."""
+    import comfy.sd
+    import comfy.utils
+
+    from rayltx.comfy_dist.main_process.lora_files import LoraFile
+    from rayltx.comfy_dist.main_process.loras import with_loras
+
+    whole, twin, _ = models("LTX-Video")
+    path = tmp_path / "ic-lora.safetensors"
+    save_file(scenarios.make_lora(CONFIGS["LTX-Video"]), path, metadata={"reference_downscale_factor": "2"})
+    tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    reference = comfy.sd.load_lora_for_models(whole, None, tensors, 1.0, 0.0, lora_metadata=metadata)[0]
+    ours = with_loras(twin, [LoraFile(str(path), 1.0)])
+    assert ours.get_attachment("lora_metadata") == reference.get_attachment("lora_metadata") == metadata
+    assert twin.get_attachment("lora_metadata") is None
+
+
+def test_sigmas_that_are_connected_stay_as_they_are(models):
+    """ComfyUI's uni_pc writes into the sigmas that it is given, which the graph keeps for the next run."""
+    from rayltx.comfy_dist.main_process.ksampler import CUSTOM_SAMPLING, call_node, sample_custom
+
+    _, twin, _ = models("LTX-Video")
+    work = scenarios.Workspace("LTX-Video", CONFIGS["LTX-Video"])
+    sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
+    sampler = call_node(CUSTOM_SAMPLING, "KSamplerSelect", sampler_name="uni_pc")[0]
+    with torch.inference_mode():
+        outs = [
+            sample_custom(twin, True, 1, 3.0, work.positive, work.negative, sampler, sigmas, work.latent())["samples"]
+            for _ in range(2)
+        ]
+    assert sigmas.tolist() == torch.tensor([1.0, 0.7, 0.3, 0.0]).tolist()
+    assert torch.equal(*outs)
+
+
+def set_forward(block):
+    block.forward = lambda *args, **kwargs: None
+    return lambda: block.__dict__.pop("forward")
+
+
+def exchange_class(block):
+    before = type(block)
+    block.__class__ = type("Other", (before,), {})
+    return lambda: setattr(block, "__class__", before)
+
+
+def add_hook(block):
+    return block.attn1.register_forward_hook(lambda *_: None).remove
+
+
+def change_setting(block):
+    block.attn1.heads += 1
+    return lambda: setattr(block.attn1, "heads", block.attn1.heads - 1)
+
+
+def replace_parameter(block):
+    before = block.attn1.to_q.weight
+    block.attn1.to_q.weight = torch.nn.Parameter(torch.empty_like(before), requires_grad=False)
+    return lambda: setattr(block.attn1.to_q, "weight", before)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (set_forward, "transformer_blocks.1: the method forward"),
+        (exchange_class, "transformer_blocks.1: its class is Other in place of BasicTransformerBlock"),
+        (add_hook, "transformer_blocks.1.attn1: hooks in _forward_hooks"),
+        (change_setting, "transformer_blocks.1.attn1: the setting heads"),
+        (replace_parameter, "transformer_blocks.1.attn1.to_q: the part weight"),
+    ],
+)
+def test_changes_in_place_are_refused_by_name(models, change, words):
+    """They would reach no worker, and the picture would be the unpatched one."""
+    from rayltx.errors import UnsupportedError
+
+    _, twin, _ = models("LTX-Video")
+    undo = change(twin.model.diffusion_model.transformer_blocks[1])
+    try:
+        with torch.inference_mode(), pytest.raises(UnsupportedError) as error:
+            scenarios.euler(twin, "LTX-Video", CONFIGS["LTX-Video"])
+        assert words in str(error.value) and "load the model again" in str(error.value)
+    finally:
+        undo()
+    with torch.inference_mode():
+        scenarios.euler(twin, "LTX-Video", CONFIGS["LTX-Video"])
+
+
+def test_a_block_that_was_taken_out_is_seen(models):
+    from rayltx.comfy_dist.main_process.module_snapshot import ModuleSnapshot
+
+    model = models("LTX-Video")[0].model.diffusion_model
+    snapshot = ModuleSnapshot(model)
+    assert snapshot.changes(model) == []
+    block = model.transformer_blocks[1]
+    del model.transformer_blocks[1]
+    assert "transformer_blocks.1 is gone" in snapshot.changes(model)
+    model.transformer_blocks.append(block)
+    assert snapshot.changes(model) == []
