@@ -65,8 +65,11 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         if 0 < self.weight_budget < self.model_size():
             full_load = False
             lowvram_model_memory = min(lowvram_model_memory or math.inf, self.weight_budget)
+        held = self.streaming_bytes()
         self.end_streaming()
         in_part = not full_load and 0 < lowvram_model_memory < self.model_size()
+        if in_part and not self.weight_budget:
+            lowvram_model_memory += held  # which did not look free when this was measured
         reserved = self._reserved_for_streaming(lowvram_model_memory) if in_part else 0
         super().load(device_to, lowvram_model_memory - reserved, force_patch_weights, full_load, **kwargs)
         self._set_patches_at_use()

@@ -158,6 +158,17 @@ def _streamed(device):
     return [(p, p.data_ptr()) for p in device.model.transformer_blocks.parameters() if p.device.type == "cpu"]
 
 
+def test_what_is_on_the_device_stays_the_same_from_run_to_run(on_device, kind):
+    """ComfyUI measures what is free before each run, when the memory for the next block is not."""
+    device = on_device("float32", num_layers=LAYERS)
+    total, there = ENOUGH * device.size, []
+    for _ in range(4):
+        device.load(total - device.bytes_there() - device.patcher.streaming_bytes())
+        assert streaming_of(device) is not None
+        there.append(device.bytes_there())
+    assert there == [there[0]] * 4 and there[0] + device.patcher.streaming_bytes() <= total
+
+
 def test_too_small_a_budget_is_left_to_comfyui(on_device, kind):
     device = on_device("float32", num_layers=LAYERS)
     device.load(device.size // 10)
