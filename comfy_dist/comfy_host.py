@@ -15,6 +15,7 @@ from rayltx.comfy_dist.wire import (
     Difference,
     HookPatches,
     LoadInputs,
+    ModuleInputs,
     PatchTestInputs,
     SentPatches,
     StepInputs,
@@ -97,6 +98,11 @@ class ComfyHost(Host, Protocol):
 
         Raises InputError where the file has no connector.
         """
+        ...
+
+    @individual
+    def run_module(self, inputs: ModuleInputs) -> object:
+        """Run a module that prepares text, by itself. Returns what it returns, its tensors on the CPU."""
         ...
 
     @individual

@@ -9,7 +9,8 @@ from __future__ import annotations
 from rayltx.comfy_dist.comfy_types import Model
 
 # In ComfyUI's process.
-LINK = "rayltx_link"  # of a twin's diffusion model: its WorkerLink
+LINK = "rayltx_link"  # of a twin's diffusion model, and of its modules that prepare text: its WorkerLink
+MODULE_NAME = "rayltx_module_name"  # of a twin's module that prepares text: its name within the model
 PLACEMENT = "rayltx_placement"  # attachment of a twin's patcher: where this MODEL runs
 OBJECT_BACKUP = "rayltx_object_backup"  # of a twin's BaseModel: what object patches of any MODEL on it replaced
 CHUNKED_FEED_FORWARD = "rayltx_chunked_feed_forward"  # key of the wrapper that chunks a MODEL's feed-forward

@@ -15,6 +15,9 @@ from rayltx.comfy_dist.gguf_spec import GGUFSpec
 TEXT_MODULES = ("audio_embeddings_connector", "video_embeddings_connector")
 """Names of modules that no forward of the model runs: they prepare the text for all of them."""
 
+CAPTION_PROJECTIONS = ("caption_projection", "audio_caption_projection")
+"""Names of modules that prepare text before the connectors in some versions, and within the forward in others."""
+
 
 @dataclass(frozen=True)
 class ComfySpec:
@@ -76,6 +79,6 @@ def missing_text_modules(model: torch.nn.Module, tensors: Mapping[str, object]) 
     """
     names = list(TEXT_MODULES)
     if getattr(model, "caption_proj_before_connector", False):
-        names += ["caption_projection", "audio_caption_projection"]
+        names += CAPTION_PROJECTIONS
     present = {name.split(".")[0] for name in tensors}
     return [name for name in names if getattr(model, name, None) is not None and name not in present]

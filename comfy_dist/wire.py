@@ -53,6 +53,16 @@ class TextInputs:
 
 
 @dataclass(frozen=True)
+class ModuleInputs:
+    """One call of a module that prepares text, which reads both."""
+
+    name: str  # read by `ComfyModel`: within the model
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    load: LoadInputs
+
+
+@dataclass(frozen=True)
 class ConstantOptions:
     """Transformer options that stay the same over many steps: patches and the like, whose state lives on between them."""
 

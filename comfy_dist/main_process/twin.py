@@ -31,7 +31,8 @@ from rayltx.comfy_dist.main_process.forwarding import is_local, module_names
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.releasing import release_with
 from rayltx.comfy_dist.main_process.worker_link import WorkerLink
-from rayltx.comfy_dist.marks import LINK, OBJECT_BACKUP, PLACEMENT
+from rayltx.comfy_dist.marks import LINK, MODULE_NAME, OBJECT_BACKUP, PLACEMENT
+from rayltx.comfy_dist.model_spec import CAPTION_PROJECTIONS, TEXT_MODULES
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.machine_facts import memory_problem
 from rayltx.distributed_worker.weight_sharing import Progress
@@ -70,6 +71,21 @@ def _remote_class(model_class: Any) -> type:
     RemoteLTX._forward.__signature__ = inspect.signature(model_class._forward)  # type: ignore[attr-defined]
     RemoteLTX.__name__ = RemoteLTX.__qualname__ = model_class.__name__
     return RemoteLTX
+
+
+@functools.cache
+def _remote_module_class(module_class: Any) -> type:
+    """The class of a module that prepares text, run by a worker. Nodes call such modules by themselves."""
+
+    class RemoteModule(module_class):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            return _link_of(self).run_module(getattr(self, MODULE_NAME), *args, **kwargs)
+
+        def to(self, *args: object, **kwargs: object) -> object:
+            return self  # it has no weights here, that a node could bring to a device before it calls it
+
+    RemoteModule.__name__ = RemoteModule.__qualname__ = module_class.__name__
+    return RemoteModule
 
 
 def _link_of(diffusion_model: object) -> WorkerLink:
@@ -231,6 +247,12 @@ def load_twin(
         # The modules and the configuration of ComfyUI's class, on no memory; what needs weights goes over the link.
         diffusion_model.__class__ = _remote_class(type(diffusion_model))  # type: ignore[arg-type]
         object.__setattr__(diffusion_model, LINK, link)
+        for name in (*TEXT_MODULES, *CAPTION_PROJECTIONS):
+            module = getattr(diffusion_model, name, None)
+            if module is not None:
+                module.__class__ = _remote_module_class(type(module))  # type: ignore[arg-type]
+                object.__setattr__(module, LINK, link)
+                object.__setattr__(module, MODULE_NAME, name)
         _share_memory_estimate(base_model, link)
         link.keep_snapshot()
         base_model.device = comfy.model_management.unet_offload_device()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
 from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, Model, Options
+from rayltx.comfy_dist.containers import to_device
 from rayltx.comfy_dist.main_process.attention_names import warn_if_ring_replaces
 from rayltx.comfy_dist.main_process.detection import Detected
 from rayltx.comfy_dist.main_process.forwarding import (
@@ -43,6 +44,7 @@ from rayltx.comfy_dist.wire import (
     ConstantOptions,
     Difference,
     LoadInputs,
+    ModuleInputs,
     PatchState,
     PatchTestInputs,
     SentPatches,
@@ -278,6 +280,18 @@ class WorkerLink:
             return self.remote.call(call, "the text connector", ranks=[0])[0]
 
         return self._within_memory(connect).to(context.device)
+
+    def run_module(self, name: str, *args: object, **kwargs: object) -> object:
+        """A module that prepares text, where a node calls it by itself. One worker is enough for it."""
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+        def run(saving: MemorySaving | None) -> object:
+            load = self._load_inputs() if saving is None else saving.load(self._load_inputs())
+            call = ask(ComfyHost.run_module, ModuleInputs(name, args, kwargs, load))
+            return self.remote.call(call, name, ranks=[0])[0]
+
+        out = self._within_memory(run)
+        return to_device(out, tensors[0].device) if tensors else out
 
     def _load_inputs(self) -> LoadInputs:
         return LoadInputs(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import comfy.model_management as management
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
 from rayltx.comfy_dist.comfy_types import DiffusionModel, Model, Options
+from rayltx.comfy_dist.containers import to_device
 from rayltx.comfy_dist.model_spec import ComfySpec
 from rayltx.comfy_dist.self_test import errors_by_case, tiny_model
 from rayltx.comfy_dist.wire import (
@@ -20,6 +20,7 @@ from rayltx.comfy_dist.wire import (
     Difference,
     HookPatches,
     LoadInputs,
+    ModuleInputs,
     PatchTestInputs,
     SentPatches,
     StepInputs,
@@ -80,14 +81,14 @@ class ComfyModel(ComfyHost):
                 self._patcher.patch_hooks(hooks)
             with self._sharded(group, inputs):
                 out = self._call(inputs, self._options_of(inputs))
-            return _to_device(out, torch.device("cpu")) if group.rank == 0 else None
+            return to_device(out, torch.device("cpu")) if group.rank == 0 else None
 
     def _options_of(self, inputs: StepInputs) -> Options:
         options = {**self._options[inputs.options_key], **inputs.changing_options}
-        return _to_device(options, self._patcher.load_device)
+        return to_device(options, self._patcher.load_device)
 
     def _call(self, inputs: StepInputs, options: Options) -> ModelOutput:
-        arguments = _to_device(inputs.arguments, self._patcher.load_device)
+        arguments = to_device(inputs.arguments, self._patcher.load_device)
         return self.diffusion_model._forward(**arguments, transformer_options=options)
 
     def _sharded(self, group: SequenceParallelGroup, inputs: StepInputs) -> AbstractContextManager[None]:
@@ -100,7 +101,7 @@ class ComfyModel(ComfyHost):
 
         def call() -> list[Tensor]:
             kept = unpack(self._packed_options[step.options_key], self.module)
-            options = _to_device({**kept, **step.changing_options}, device)
+            options = to_device({**kept, **step.changing_options}, device)
             if case is not None:
                 return call_in_dtype(model, case, dtype, device, options)
             out = self._call(step, options)
@@ -151,8 +152,14 @@ class ComfyModel(ComfyHost):
     def preprocess_text(self, inputs: TextInputs) -> Tensor:
         with torch.inference_mode():
             self._put_on_device(inputs.load)
-            args, kwargs = _to_device((inputs.args, inputs.kwargs), self._patcher.load_device)
+            args, kwargs = to_device((inputs.args, inputs.kwargs), self._patcher.load_device)
             return self.diffusion_model.preprocess_text_embeds(*args, **kwargs).cpu()
+
+    def run_module(self, inputs: ModuleInputs) -> object:
+        with torch.inference_mode():
+            self._put_on_device(inputs.load)
+            args, kwargs = to_device((inputs.args, inputs.kwargs), self._patcher.load_device)
+            return to_device(self.module(inputs.name)(*args, **kwargs), torch.device("cpu"))
 
     def self_test(self, group: SequenceParallelGroup) -> dict[str, float | str]:
         device = self._base.load_device
@@ -223,14 +230,3 @@ class ComfyModel(ComfyHost):
     def close(self) -> None:
         """Before the model is forgotten: ComfyUI keeps loaded models in a list of its own."""
         self.unload()
-
-
-def _to_device(obj: Any, device: torch.device) -> Any:
-    """The same containers with their tensors on a device."""
-    if isinstance(obj, Tensor):
-        return obj.to(device)
-    if isinstance(obj, dict):
-        return {key: _to_device(value, device) for key, value in obj.items()}
-    if type(obj) in (list, tuple):
-        return type(obj)(_to_device(value, device) for value in obj)
-    return obj

@@ -109,3 +109,18 @@ def test_a_block_that_was_taken_out_is_seen(models):
     assert "transformer_blocks.1 is gone" in snapshot.changes(model)
     model.transformer_blocks.append(block)
     assert snapshot.changes(model) == []
+
+
+@pytest.mark.parametrize("version", ["LTX-2", "LTX-2.3"])
+def test_nodes_can_call_the_modules_that_prepare_text(models, version):
+    """As nodes for negative guidance do: bring the module to the device, call it, bring it back."""
+    whole, twin, _ = models(version)
+    ours, theirs = twin.model.diffusion_model, whole.model.diffusion_model
+    text = torch.randn(1, 7, theirs.caption_channels if version == "LTX-2" else theirs.cross_attention_dim)
+    with torch.inference_mode():
+        ours.video_embeddings_connector.to("cpu")
+        out = ours.video_embeddings_connector(text)[0]
+        ours.video_embeddings_connector.to("meta")
+        reference = theirs.video_embeddings_connector(text)[0]
+    assert out.shape == reference.shape and (out - reference).norm() <= 1e-5 * reference.norm()
+    assert isinstance(ours.video_embeddings_connector, type(theirs.video_embeddings_connector))
