@@ -77,7 +77,7 @@ def main() -> None:
         report("loaded, every byte read")
         _sample(twin)
         report("sampled")
-        twin.link.unload()
+        twin.link.memory.unload()
         report("unloaded")
         _sample(twin)
         report("sampled again")

@@ -114,13 +114,13 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
         return self.placed(dataclasses.replace(self.placement, config=config))
 
     def model_size(self) -> int:
-        return self.link.device_bytes(self.load_device)
+        return self.link.memory.device_bytes(self.load_device)
 
     def loaded_size(self) -> int:
-        return self.link.placed_bytes(self.load_device)
+        return self.link.memory.placed_bytes(self.load_device)
 
     def current_loaded_device(self) -> torch.device:
-        return self.load_device if self.link.loaded else self.offload_device
+        return self.load_device if self.link.memory.loaded else self.offload_device
 
     def lowvram_patch_counter(self) -> int:
         return 0
@@ -136,15 +136,15 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, device_to: object, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
         """Free memory for something else on ComfyUI's own device: of the one worker that shares it."""
-        return self.link.unload_bytes(self.load_device, int(memory_to_free))
+        return self.link.memory.unload_bytes(self.load_device, int(memory_to_free))
 
     def get_free_memory(self, device: torch.device) -> float:
-        return self.link.free_bytes() if self.link.is_running else super().get_free_memory(device)
+        return self.link.memory.free_bytes() if self.link.memory.is_running else super().get_free_memory(device)
 
     def detach(self, unpatch_all: bool = True) -> BaseModel:
         if unpatch_all:  # not for a clone that goes while another samples
             self.unpatch_model()
-            self.link.unload()
+            self.link.memory.unload()
         for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_DETACH):
             callback(self, unpatch_all)
         return self.model
@@ -170,11 +170,11 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
 
     def pre_run(self) -> None:
         super().pre_run()
-        self.link.begin_run()
+        self.link.memory.begin_run()
 
     def cleanup(self) -> None:
         super().cleanup()
-        self.link.end_run(self.placement.free_after_sampling)
+        self.link.memory.end_run(self.placement.free_after_sampling)
 
     # ---- hooks: combined here, where their strengths are known, applied there
 
@@ -277,8 +277,8 @@ def _share_memory_estimate(base_model: BaseModel, link: WorkerLink) -> None:
     whole = base_model.memory_required
 
     def memory_required(input_shape: Sequence[int], *args: object, **kwargs: object) -> float:
-        link.latent_shape = list(input_shape)
+        link.memory.latent_shape = list(input_shape)
         share = whole(input_shape, *args, **kwargs) / link.placement.config.world_size
-        return share + link.memory_of_sharing(link.latent_shape)
+        return share + link.memory.bytes_of_sharing(link.memory.latent_shape)
 
     base_model.memory_required = memory_required

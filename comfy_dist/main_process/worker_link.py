@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import logging
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import comfy.model_management
-import torch
 from torch import Tensor
 
 from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
@@ -20,6 +18,7 @@ from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, Model, Opti
 from rayltx.comfy_dist.containers import to_device
 from rayltx.comfy_dist.main_process.attention_names import warn_if_ring_replaces
 from rayltx.comfy_dist.main_process.detection import Detected
+from rayltx.comfy_dist.main_process.device_memory import DeviceMemory
 from rayltx.comfy_dist.main_process.forwarding import (
     CHANGING,
     MODEL_PREFIX,
@@ -31,8 +30,8 @@ from rayltx.comfy_dist.main_process.forwarding import (
 )
 from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text_to_connect, estimated_shape
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
-from rayltx.comfy_dist.main_process.memory_estimate import Replicated, bytes_of_sharing
-from rayltx.comfy_dist.main_process.memory_saving import MemorySaving, advice
+from rayltx.comfy_dist.main_process.memory_estimate import Replicated
+from rayltx.comfy_dist.main_process.memory_saving import MemorySaving
 from rayltx.comfy_dist.main_process.module_snapshot import ModuleSnapshot
 from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
@@ -43,7 +42,6 @@ from rayltx.comfy_dist.wire import (
     OBJECTS,
     ConstantOptions,
     Difference,
-    LoadInputs,
     ModuleInputs,
     PatchState,
     PatchTestInputs,
@@ -55,7 +53,7 @@ from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import ask, ask_together
-from rayltx.errors import InputError, OutOfMemory, UnsupportedError
+from rayltx.errors import InputError, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -72,8 +70,6 @@ class WorkerLink:
     def __init__(self, cluster: Cluster, remote: RemoteModel, placement: Placement, detected: Detected) -> None:
         self.placement = placement  # of the MODEL that was last loaded
         self.state_dict = detected.state_dict  # the weights' names and shapes
-        self.loaded = False  # whether the workers have the weights on their devices
-        self.latent_shape: list[int] = [1, 1, 1, 1, 1]  # of what is about to be sampled
         self.cluster, self.remote, self.spec = cluster, remote, detected.spec
         self._base_model = weakref.ref(detected.base_model)
         self._proved: tuple[Cluster, ParallelConfig] | None = None
@@ -83,13 +79,7 @@ class WorkerLink:
         self._as_loaded: ModuleSnapshot | None = None
         self._sent_options: tuple[str, Message] | None = None  # their key, and themselves
         self.hooks = SentHooks(remote)
-        self._runs = itertools.count()
-        self._run = next(self._runs)
-        self._saving: MemorySaving | None = None  # for the rest of this run
-        self._placed: dict[int, int] = {}  # bytes of weights on each rank's device
-        self._free: int | None = None  # on the device that has least, in this run
-        self._replicated = Replicated()
-        self.is_running = False
+        self.memory = DeviceMemory(self)
 
     @property
     def base_model(self) -> BaseModel:
@@ -109,7 +99,7 @@ class WorkerLink:
             self._as_loaded.check(self.base_model.diffusion_model)
         self.move(patcher.placement)
         self._send_patches(patcher)
-        self._put_on_devices()
+        self.memory.put_on_devices()
 
     def _send_patches(self, patcher: Model) -> None:
         state = patch_state_of(patcher)
@@ -124,18 +114,6 @@ class WorkerLink:
             self.remote.set_up(_PATCHES, ask(ComfyHost.set_patches, sent), "forwarding patches", as_views=True)
             self.hooks.forget()
             self._sent_patches = state
-
-    def _put_on_devices(self) -> None:
-        """Before a run, as ComfyUI does with a model of its own: what is free next to the weights is known then."""
-        self._run, self._saving, self._free = next(self._runs), None, None
-        ranks = range(self.placement.config.world_size)
-
-        def load(saving: MemorySaving | None) -> dict[int, int]:
-            inputs = self._load_inputs() if saving is None else saving.load(self._load_inputs())
-            return self.remote.call(ask(ComfyHost.load, inputs), "putting weights on the devices", ranks)
-
-        self._placed = self._within_memory(load)
-        self.loaded = True
 
     def _check_patches(self, state: PatchState) -> None:
         wrong = misfits(state.patches, self.state_dict, MODEL_PREFIX)
@@ -171,27 +149,6 @@ class WorkerLink:
 
     # ---- calls
 
-    def begin_run(self) -> None:
-        """A sampling run begins, for which ComfyUI has loaded the model."""
-        self.is_running = True
-
-    def free_bytes(self) -> int:
-        """What a step can have of the memory of the device that has least, as it was when it was first asked in this run.
-
-        By it ComfyUI decides at each step whether positive and negative go in one batch: once a run, then, for a batch's
-        numbers are others in the last bits, and what steps leave in a worker's cache looks taken from here.
-        """
-        if self._free is None:
-            ranks = range(self.placement.config.world_size)
-            self._free = min(self.remote.call(ask(ComfyHost.free_bytes), "measuring", ranks).values())
-        return self._free
-
-    def memory_of_sharing(self, shape: Sequence[int]) -> int:
-        """Bytes that a rank needs for a latent of this shape besides its share of ComfyUI's estimate."""
-        element_bytes = self.spec.compute_dtype.itemsize
-        config = self.placement.config
-        return bytes_of_sharing(self.base_model.diffusion_model, shape, config, element_bytes, self._replicated)
-
     def forward(self, model: DiffusionModel, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """The model's `_forward`, by the workers. Returns what it returns, on the device of the input."""
         bound = inspect.signature(type(model)._forward).bind(model, *args, **kwargs)
@@ -201,8 +158,8 @@ class WorkerLink:
         options: Options = dict(arguments.pop("transformer_options", None) or {})
         x = arguments["x"]
         check_inputs(model, self.spec.model_version, x, arguments.get("context"))
-        self.latent_shape = estimated_shape(x)
-        self._replicated = Replicated.of(x, arguments.get("context"))
+        self.memory.latent_shape = estimated_shape(x)
+        self.memory.replicated = Replicated.of(x, arguments.get("context"))
         patcher = self.base_model.current_patcher
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         kept = remote_options(options)
@@ -211,7 +168,7 @@ class WorkerLink:
             changing_options={name: value for name, value in options.items() if name in CHANGING},
             options_key=self._options_key(kept),
             hooks_key=None,
-            load=self._load_inputs(),
+            load=self.memory.load_inputs(),
         )
         if patcher is not None:
             inputs = self._with_proved_patches(inputs, kept, poll)
@@ -223,7 +180,7 @@ class WorkerLink:
             assert out is not None, "rank 0 answers"
             return out
 
-        out = self._within_memory(step)
+        out = self.memory.within(step)
         device = (x[0] if isinstance(x, (list, tuple)) else x).device
         return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
 
@@ -240,34 +197,17 @@ class WorkerLink:
 
             def attempt(case: Case | None, modules: tuple[str, ...]) -> Difference | str:
                 arguments = inputs.arguments if case is None else {}
-                step = dataclasses.replace(inputs, arguments=arguments, gathered=modules)
-                call = ask_together(ComfyHost.patch_test, PatchTestInputs(step, case))
-                return self.remote.call_together(call, config, "trying the patches", poll=poll, repeats=0)
+                plain = dataclasses.replace(inputs, arguments=arguments, gathered=modules)
+
+                def run(saving: MemorySaving | None) -> Difference | str:
+                    step = plain if saving is None else saving.step(plain)
+                    call = ask_together(ComfyHost.patch_test, PatchTestInputs(step, case))
+                    return self.remote.call_together(call, config, "trying the patches", poll=poll, repeats=0)
+
+                return self.memory.within(run)
 
             modules = self._proofs.prove(patched, attempt)
         return dataclasses.replace(inputs, gathered=modules)
-
-    def _within_memory(self, work: Callable[[MemorySaving | None], _Result]) -> _Result:
-        """What the work gives. Where memory runs out it is tried once more with less, and so is the rest of the run.
-
-        Raises ComfyUI's own out-of-memory error if that is too much, too.
-        """
-        try:
-            return work(self._saving)
-        except OutOfMemory as error:
-            short = error
-        if self._saving is None:
-            placed = self.remote.call(ask(ComfyHost.placed_bytes), "measuring", range(self.placement.config.world_size))
-            weight_bytes = self.remote.source.weight_bytes
-            self._saving = MemorySaving.after(placed, weight_bytes, self.placement.weight_budget)
-            logger.warning("%s; trying again with %s", short, self._saving)
-            self.remote.call(ask(ComfyHost.unload), "giving memory back")
-            try:
-                return work(self._saving)
-            except OutOfMemory as error:
-                short = error
-        self.remote.call(ask(ComfyHost.unload), "giving memory back")
-        raise comfy.model_management.OOM_EXCEPTION(f"{short}. {advice(self._saving)}") from short
 
     def preprocess_text_embeds(self, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> Tensor:
         """The text connector, which is part of the weights. One worker is enough for it."""
@@ -275,32 +215,23 @@ class WorkerLink:
         check_text_to_connect(self.base_model.diffusion_model, self.spec.model_version, context)
 
         def connect(saving: MemorySaving | None) -> Tensor:
-            load = self._load_inputs() if saving is None else saving.load(self._load_inputs())
+            load = self.memory.load_inputs() if saving is None else saving.load(self.memory.load_inputs())
             call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, load))
             return self.remote.call(call, "the text connector", ranks=[0])[0]
 
-        return self._within_memory(connect).to(context.device)
+        return self.memory.within(connect).to(context.device)
 
     def run_module(self, name: str, *args: object, **kwargs: object) -> object:
         """A module that prepares text, where a node calls it by itself. One worker is enough for it."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
         def run(saving: MemorySaving | None) -> object:
-            load = self._load_inputs() if saving is None else saving.load(self._load_inputs())
+            load = self.memory.load_inputs() if saving is None else saving.load(self.memory.load_inputs())
             call = ask(ComfyHost.run_module, ModuleInputs(name, args, kwargs, load))
             return self.remote.call(call, name, ranks=[0])[0]
 
-        out = self._within_memory(run)
+        out = self.memory.within(run)
         return to_device(out, tensors[0].device) if tensors else out
-
-    def _load_inputs(self) -> LoadInputs:
-        return LoadInputs(
-            run=self._run,
-            latent_shape=self.latent_shape,
-            weight_budget=self.placement.weight_budget,
-            world_size=self.placement.config.world_size,
-            sharing_bytes=self.memory_of_sharing(self.latent_shape),
-        )
 
     def _options_key(self, options: Options) -> str:
         """The workers' name for the transformer options that stay the same, which they are sent when they change."""
@@ -317,43 +248,6 @@ class WorkerLink:
             self._sent_options = (key, message)
         return self._sent_options[0]
 
-    # ---- memory
-
-    def end_run(self, free: bool) -> None:
-        """A sampling run is over, or cancelled: nothing is waited for. free: give the devices' memory back."""
-        self.is_running = False
-        self.remote.tell(ask(ComfyHost.unload) if free else ask(ComfyHost.end_run))
-        self.loaded = self.loaded and not free
-
-    def unload(self) -> None:
-        """Free the devices; the host's copy stays."""
-        if self.loaded:
-            self.loaded = False
-            if self.cluster.is_alive():
-                self.remote.call(ask(ComfyHost.unload), "unloading")
-
-    def unload_bytes(self, device: torch.device, num_bytes: int) -> int:
-        """Free at least so many bytes of a device of this process, if a worker has them. Returns how many were freed."""
-        rank, before = self._rank_on(device), self.placed_bytes(device)
-        if rank is None or not before or not self.cluster.is_alive():
-            return 0
-        self._placed.update(self.remote.call(ask(ComfyHost.unload_bytes, num_bytes), "unloading", [rank]))
-        return before - self.placed_bytes(device)
-
     def release(self) -> None:
         """Let the workers forget the model. Nothing is waited for."""
         self.remote.release_unless_busy()
-
-    def device_bytes(self, device: torch.device) -> int:
-        """What the workers' weights take on a device of this process, when all are there."""
-        return 0 if self._rank_on(device) is None else self.remote.source.weight_bytes
-
-    def placed_bytes(self, device: torch.device) -> int:
-        """What they take there now."""
-        rank = self._rank_on(device)
-        return self._placed.get(rank, 0) if self.loaded and rank is not None else 0
-
-    def _rank_on(self, device: torch.device) -> int | None:
-        if self.placement.request.on_cpu or device.type != self.placement.request.device:
-            return None
-        return self.cluster.rank_on_gpu(device.index or 0)

@@ -310,7 +310,7 @@ def test_a_small_budget_streams_the_rest(bases, load, base):
             assert difference(sample(small, "LTX-Video", scenario), expected) <= SAME_WEIGHTS
         loaded = placed_bytes(small)
         assert all(0 < count <= share for count in loaded[:2]), (loaded, share)  # of the ranks that sampled
-        small.link.unload()
+        small.link.memory.unload()
         assert difference(sample(small, "LTX-Video", scenario), expected) <= SAME_WEIGHTS
         assert small.link.remote.digest() == digest
 

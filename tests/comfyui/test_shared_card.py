@@ -18,9 +18,9 @@ GIB = 2**30
 @pytest.fixture
 def twin(models, monkeypatch):
     """On two CPU ranks, the second of which is taken for one on ComfyUI's own device."""
-    from rayltx.comfy_dist.main_process.worker_link import WorkerLink
+    from rayltx.comfy_dist.main_process.device_memory import DeviceMemory
 
-    monkeypatch.setattr(WorkerLink, "_rank_on", lambda self, device: 1 if device.type == "cpu" else None)
+    monkeypatch.setattr(DeviceMemory, "_rank_on", lambda self, device: 1 if device.type == "cpu" else None)
     return models(VERSION)[1].clone()
 
 
@@ -36,7 +36,7 @@ def placed(twin):
 
 
 def test_reported_sizes_are_those_of_the_worker_on_that_device(twin):
-    twin.link.unload()
+    twin.link.memory.unload()
     assert twin.loaded_size() == 0 and twin.model_size() == twin.link.remote.source.weight_bytes
     right = sample(twin)
     before = placed(twin)
@@ -47,7 +47,7 @@ def test_reported_sizes_are_those_of_the_worker_on_that_device(twin):
     after = placed(twin)
     assert after[0] == before[0], "another card was freed"
     assert part <= freed == before[1] - after[1] < before[1]
-    assert twin.loaded_size() == after[1] and twin.link.loaded
+    assert twin.loaded_size() == after[1] and twin.link.memory.loaded
     # Then ComfyUI puts it back, as it does before every run.
     assert torch.equal(sample(twin), right)
     assert placed(twin) == before
@@ -62,6 +62,7 @@ def test_positive_and_negative_are_batched_or_not_by_one_decision_a_run(twin, mo
 
     import comfy.model_management as management
 
+    from rayltx.comfy_dist.main_process.device_memory import DeviceMemory
     from rayltx.comfy_dist.main_process.worker_link import WorkerLink
 
     changing = itertools.cycle([1 << 50, 0])
@@ -76,10 +77,10 @@ def test_positive_and_negative_are_batched_or_not_by_one_decision_a_run(twin, mo
     monkeypatch.setattr(WorkerLink, "forward", counted)
     for free, expected in ((1 << 50, {2}), (0, {1})):
         batches.clear()
-        monkeypatch.setattr(WorkerLink, "free_bytes", lambda self, free=free: free)
+        monkeypatch.setattr(DeviceMemory, "free_bytes", lambda self, free=free: free)
         sample(twin)
         assert set(batches) == expected, batches
-    assert not twin.link.is_running
+    assert not twin.link.memory.is_running
     monkeypatch.undo()
 
 

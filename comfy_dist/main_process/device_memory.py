@@ -1,0 +1,156 @@
+"""What the workers hold on their devices for one model: put there, measured, given back, and done without."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import comfy.model_management
+import torch
+
+from rayltx.comfy_dist.comfy_host import ComfyHost
+from rayltx.comfy_dist.comfy_types import BaseModel
+from rayltx.comfy_dist.main_process.memory_estimate import Replicated, bytes_of_sharing
+from rayltx.comfy_dist.main_process.memory_saving import MemorySaving, advice
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.model_spec import ComfySpec
+from rayltx.comfy_dist.wire import LoadInputs
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.remote_model import RemoteModel
+from rayltx.distributed_worker.worker_calls import ask
+from rayltx.errors import OutOfMemory
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+
+class ModelOnWorkers(Protocol):
+    """A model, and where it is now."""
+
+    placement: Placement
+    cluster: Cluster
+    remote: RemoteModel
+    spec: ComfySpec
+
+    @property
+    def base_model(self) -> BaseModel: ...
+
+
+class DeviceMemory:
+    """The memory of the workers' devices, as far as one model is concerned."""
+
+    def __init__(self, model: ModelOnWorkers) -> None:
+        self.loaded = False  # whether the workers have the weights on their devices
+        self.is_running = False  # whether a sampling run is under way
+        self.latent_shape: list[int] = [1, 1, 1, 1, 1]  # of what is about to be sampled
+        self.replicated = Replicated()
+        self._model = model
+        self._runs = itertools.count()
+        self._run = next(self._runs)
+        self._saving: MemorySaving | None = None  # for the rest of this run
+        self._placed: dict[int, int] = {}  # bytes of weights on each rank's device
+        self._free: int | None = None  # on the device that has least, in this run
+
+    def begin_run(self) -> None:
+        """A sampling run begins, for which ComfyUI has loaded the model."""
+        self.is_running = True
+
+    def free_bytes(self) -> int:
+        """What a step can have of the memory of the device that has least, as it was when it was first asked in this run.
+
+        By it ComfyUI decides at each step whether positive and negative go in one batch: once a run, then, for a batch's
+        numbers are others in the last bits, and what steps leave in a worker's cache looks taken from here.
+        """
+        if self._free is None:
+            ranks = range(self._model.placement.config.world_size)
+            self._free = min(self._model.remote.call(ask(ComfyHost.free_bytes), "measuring", ranks).values())
+        return self._free
+
+    def bytes_of_sharing(self, shape: Sequence[int]) -> int:
+        """Bytes that a rank needs for a latent of this shape besides its share of ComfyUI's estimate."""
+        element_bytes = self._model.spec.compute_dtype.itemsize
+        config = self._model.placement.config
+        return bytes_of_sharing(self._model.base_model.diffusion_model, shape, config, element_bytes, self.replicated)
+
+    def put_on_devices(self) -> None:
+        """Before a run, as ComfyUI does with a model of its own: what is free next to the weights is known then."""
+        self._run, self._saving, self._free = next(self._runs), None, None
+        ranks = range(self._model.placement.config.world_size)
+
+        def load(saving: MemorySaving | None) -> dict[int, int]:
+            inputs = self.load_inputs() if saving is None else saving.load(self.load_inputs())
+            return self._model.remote.call(ask(ComfyHost.load, inputs), "putting weights on the devices", ranks)
+
+        self._placed = self.within(load)
+        self.loaded = True
+
+    def within(self, work: Callable[[MemorySaving | None], _Result]) -> _Result:
+        """What the work gives. Where memory runs out it is tried once more with less, and so is the rest of the run.
+
+        Raises ComfyUI's own out-of-memory error if that is too much, too.
+        """
+        try:
+            return work(self._saving)
+        except OutOfMemory as error:
+            short = error
+        if self._saving is None:
+            placed = self._model.remote.call(
+                ask(ComfyHost.placed_bytes), "measuring", range(self._model.placement.config.world_size)
+            )
+            weight_bytes = self._model.remote.source.weight_bytes
+            self._saving = MemorySaving.after(placed, weight_bytes, self._model.placement.weight_budget)
+            logger.warning("%s; trying again with %s", short, self._saving)
+            self._model.remote.call(ask(ComfyHost.unload), "giving memory back")
+            try:
+                return work(self._saving)
+            except OutOfMemory as error:
+                short = error
+        self._model.remote.call(ask(ComfyHost.unload), "giving memory back")
+        raise comfy.model_management.OOM_EXCEPTION(f"{short}. {advice(self._saving)}") from short
+
+    def load_inputs(self) -> LoadInputs:
+        return LoadInputs(
+            run=self._run,
+            latent_shape=self.latent_shape,
+            weight_budget=self._model.placement.weight_budget,
+            world_size=self._model.placement.config.world_size,
+            sharing_bytes=self.bytes_of_sharing(self.latent_shape),
+        )
+
+    def end_run(self, free: bool) -> None:
+        """A sampling run is over, or cancelled: nothing is waited for. free: give the devices' memory back."""
+        self.is_running = False
+        self._model.remote.tell(ask(ComfyHost.unload) if free else ask(ComfyHost.end_run))
+        self.loaded = self.loaded and not free
+
+    def unload(self) -> None:
+        """Free the devices; the host's copy stays."""
+        if self.loaded:
+            self.loaded = False
+            if self._model.cluster.is_alive():
+                self._model.remote.call(ask(ComfyHost.unload), "unloading")
+
+    def unload_bytes(self, device: torch.device, num_bytes: int) -> int:
+        """Free at least so many bytes of a device of this process, if a worker has them. Returns how many were freed."""
+        rank, before = self._rank_on(device), self.placed_bytes(device)
+        if rank is None or not before or not self._model.cluster.is_alive():
+            return 0
+        self._placed.update(self._model.remote.call(ask(ComfyHost.unload_bytes, num_bytes), "unloading", [rank]))
+        return before - self.placed_bytes(device)
+
+    def device_bytes(self, device: torch.device) -> int:
+        """What the workers' weights take on a device of this process, when all are there."""
+        return 0 if self._rank_on(device) is None else self._model.remote.source.weight_bytes
+
+    def placed_bytes(self, device: torch.device) -> int:
+        """What they take there now."""
+        rank = self._rank_on(device)
+        return self._placed.get(rank, 0) if self.loaded and rank is not None else 0
+
+    def _rank_on(self, device: torch.device) -> int | None:
+        if self._model.placement.request.on_cpu or device.type != self._model.placement.request.device:
+            return None
+        return self._model.cluster.rank_on_gpu(device.index or 0)
