@@ -24,7 +24,8 @@ from torch import Tensor
 from rayltx.errors import CheckpointError
 
 OFFICIAL_PREFIX = "model.diffusion_model."
-PREFIXES = (OFFICIAL_PREFIX, "diffusion_model.")  # under which a file may keep the transformer's names; or under none
+# Under which a file may keep the transformer's names, or under none: the official one, and others that ComfyUI takes off.
+PREFIXES = (OFFICIAL_PREFIX, "diffusion_model.", "model.model.", "model.", "net.")
 LTX_MARKS = (
     "adaln_single.emb.timestep_embedder.linear_1.bias",
     "patchify_proj.weight",

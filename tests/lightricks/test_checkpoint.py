@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
+from rayltx.diffusion_models.lightricks.checkpoint import PREFIXES, open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
@@ -39,8 +39,8 @@ def test_versions_are_told_apart_by_what_they_hold(saved, version):
     assert len(checkpoint.portions) == 3  # what is outside of blocks, and each block
 
 
-@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
-def test_every_official_prefix_is_understood(tmp_path, prefix):
+@pytest.mark.parametrize("prefix", ["", *PREFIXES])
+def test_every_prefix_that_files_have_is_understood(tmp_path, prefix):
     path = tmp_path / "model.safetensors"
     save_tiny_checkpoint(path, "LTX-2", prefix=prefix)
     checkpoint = open_checkpoint(path)
