@@ -14,6 +14,7 @@ from rayltx.comfy_dist.comfy_host import ComfyHost
 from rayltx.comfy_dist.comfy_types import BaseModel
 from rayltx.comfy_dist.main_process.memory_estimate import Replicated, bytes_of_sharing
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving, advice
+from rayltx.comfy_dist.main_process.other_devices import OtherDevices
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.model_spec import ComfySpec
 from rayltx.comfy_dist.wire import LoadInputs
@@ -52,6 +53,7 @@ class DeviceMemory:
         self._run = next(self._runs)
         self._saving: MemorySaving | None = None  # for the rest of this run
         self._placed: dict[int, int] = {}  # bytes of weights on each rank's device
+        self._other_devices = OtherDevices(self)
         self._free: int | None = None  # on the device that has least, in this run
 
     def begin_run(self) -> None:
@@ -86,6 +88,16 @@ class DeviceMemory:
 
         self._placed = self.within(load)
         self.loaded = True
+        self._other_devices.list_on(self._devices_elsewhere())
+
+    def _devices_elsewhere(self) -> list[torch.device]:
+        """Workers' devices, as this process numbers them, that are not the one that ComfyUI runs on."""
+        request = self._model.placement.request
+        if request.on_cpu:
+            return []
+        devices = [torch.device(request.device, index) for index in range(request.kind.count())]
+        own = comfy.model_management.get_torch_device()
+        return [device for device in devices if device != own and self._rank_on(device) is not None]
 
     def within(self, work: Callable[[MemorySaving | None], _Result]) -> _Result:
         """What the work gives. Where memory runs out it is tried once more with less, and so is the rest of the run.
@@ -140,6 +152,13 @@ class DeviceMemory:
             return 0
         self._placed.update(self._model.remote.call(ask(ComfyHost.unload_bytes, num_bytes), "unloading", [rank]))
         return before - self.placed_bytes(device)
+
+    def empty(self, device: torch.device) -> None:
+        """Free a device of this process, if a worker has weights there. They return with the next run."""
+        rank = self._rank_on(device)
+        if rank is not None and self.placed_bytes(device) and self._model.cluster.is_alive():
+            self._model.remote.call(ask(ComfyHost.unload), "unloading", [rank])
+            self._placed[rank] = 0
 
     def device_bytes(self, device: torch.device) -> int:
         """What the workers' weights take on a device of this process, when all are there."""

@@ -56,6 +56,32 @@ def test_reported_sizes_are_those_of_the_worker_on_that_device(twin):
     assert placed(twin) == {0: 0, 1: 0} and twin.loaded_size() == 0
 
 
+def test_what_is_loaded_on_another_workers_card_can_push_it_out(twin, monkeypatch):
+    """A VAE that a node has put there. The worker on ComfyUI's own card keeps its weights."""
+    import comfy.model_management as management
+
+    from rayltx.comfy_dist.main_process.device_memory import DeviceMemory
+
+    other = torch.device("cuda", 1)
+    monkeypatch.setattr(DeviceMemory, "_rank_on", lambda self, device: {"cpu": 0, "cuda": 1}[device.type])
+    monkeypatch.setattr(DeviceMemory, "_devices_elsewhere", lambda self: [other])
+    right = sample(twin)
+    before = placed(twin)
+    listed = [loaded for loaded in management.current_loaded_models if loaded.device == other]
+    assert len(listed) == 1 and listed[0].model_loaded_memory() == before[1] > 0
+
+    monkeypatch.setattr(management, "get_free_memory", lambda *_, **kwargs: (0, 0) if kwargs else 0)
+    part = twin.model_size() // 3
+    management.free_memory(part, other)
+    after = placed(twin)
+    assert after[0] == before[0] and part <= before[1] - after[1] < before[1]
+    management.free_memory(1e30, other)
+    assert placed(twin) == {0: before[0], 1: 0}
+    assert not any(loaded.device == other for loaded in management.current_loaded_models)
+    monkeypatch.undo()
+    assert torch.equal(sample(twin), right) and placed(twin) == before
+
+
 def test_positive_and_negative_are_batched_or_not_by_one_decision_a_run(twin, monkeypatch):
     """A worker's cache grows with the first step, and what else runs on the card comes and goes."""
     import itertools
