@@ -28,7 +28,8 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 _NOTHING_HOST = (
     "rayltx.diffusion_models.lightricks.random_weights:randomise"  # nothing is loaded: an import that is cheap
 )
-_MATRIX, _REPEATS = 2048, 5
+_MATRIX, _PRODUCTS, _REPEATS = 2048, 2, 5  # on the CPU
+_GPU_MATRIX, _GPU_PRODUCTS = 8192, 10  # for a launch to count for nothing
 _ELEMENT_BYTES = 2  # of bfloat16
 _AUDIO_TOKENS_PER_FRAME = 126 / 121  # of LTX-2, at 24 frames a second
 
@@ -65,7 +66,12 @@ def run_doctor(options: ClusterOptions, question: Question, gpu_report: Path | N
     if any(fact.name == "devices" and fact.problem for fact in facts):
         return False  # no worker would start
 
-    link, rate = [], _flops_per_s(request.kind)
+    link: list[Fact] = []
+    try:
+        rate = _flops_per_s(request.kind)
+    except RuntimeError as error:
+        print(f"the first device has no memory to be measured: {str(error).splitlines()[0]}")
+        return False
     console = Console(stderr=True)
     if config.world_size > 1:
         with console.status("starting the workers, to measure between them"):
@@ -115,15 +121,18 @@ def _comfyui(root: Path) -> Fact:
 def _flops_per_s(kind: DeviceKind) -> float:
     """Of large matrix products on the first device, in what LTX models compute in there."""
     dtype = torch.float32 if kind.name == CPU else torch.bfloat16
-    matrix = torch.ones(_MATRIX, _MATRIX, dtype=dtype, device=kind.name)
-    best = float("inf")
+    size, products = (_MATRIX, _PRODUCTS) if kind.name == CPU else (_GPU_MATRIX, _GPU_PRODUCTS)
+    matrix = torch.ones(size, size, dtype=dtype, device=kind.name)
+    out, best = torch.empty_like(matrix), float("inf")
     for _ in range(_REPEATS):
         started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
+        for _ in range(products):
+            torch.matmul(matrix, matrix, out=out)
+        out[0, 0].item()
         best = min(best, time.perf_counter() - started)
-    del matrix
+    del matrix, out
     kind.give_back_memory()
-    return 2 * _MATRIX**3 / best
+    return 2 * products * size**3 / best
 
 
 def _measured(

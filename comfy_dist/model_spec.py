@@ -81,4 +81,5 @@ def missing_text_modules(model: torch.nn.Module, tensors: Mapping[str, object]) 
     if getattr(model, "caption_proj_before_connector", False):
         names += CAPTION_PROJECTIONS
     present = {name.split(".")[0] for name in tensors}
-    return [name for name in names if getattr(model, name, None) is not None and name not in present]
+    modules = [name for name in names if isinstance(getattr(model, name, None), torch.nn.Module)]
+    return [name for name in modules if name not in present]

@@ -106,6 +106,11 @@ class Difference:
     def is_rounding(self) -> bool:
         return self.error <= self.allowed
 
+    @property
+    def may_be_rounding(self) -> bool:
+        """Other devices add up otherwise: twice as much is no proof of anything wrong."""
+        return self.error <= 2 * self.allowed
+
 
 @dataclass(frozen=True)
 class SentPatches:

@@ -19,6 +19,7 @@ _KEY = "rayltx failed"
 _POLL_S = 0.2
 # How long a rank has to notice by itself: its own error says more than that it was told.
 _GRACE_S = 1.0
+_aborting = threading.Lock()
 
 
 class FailureWatch:
@@ -68,5 +69,6 @@ class FailureWatch:
 
 def abort_group() -> None:
     """Take this process's part of the group apart, whatever is under way in it."""
-    if dist.is_initialized():
-        dist.distributed_c10d._abort_process_group()
+    with _aborting:  # the watch and the rank itself may come to it at once
+        if dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()

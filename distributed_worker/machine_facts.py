@@ -77,16 +77,22 @@ def _software() -> Iterator[Fact]:
 def _devices(request: ClusterRequest, measure: bool) -> Iterator[Fact]:
     try:
         check_machine(request)
-        problem = differing_cards(request)
+        problem = ""
     except UserError as error:
         problem = str(error)
     kind = request.kind
     yield Fact("devices", f"{request.workers} x {kind.name}", problem)
     if request.on_cpu or not kind.count():
         return
+    if differing := differing_cards(request):
+        yield Fact("cards", "not all the same", differing)
     yield Fact("driver", kind.description())
     for number, (name, total) in enumerate(kind.memories()):
-        free = kind.free_bytes(number) if measure else total
+        try:
+            free = kind.free_bytes(number) if measure else total
+        except RuntimeError as error:  # not even a context fits
+            yield Fact(f"{kind.name}:{number}", f"{name}, {total / _GIB:.1f} GiB", str(error).splitlines()[0])
+            continue
         taken = f"{(total - free) / _GIB:.1f} GiB are in use by other programs" if free < 0.8 * total else ""
         yield Fact(f"{kind.name}:{number}", f"{name}, {total / _GIB:.1f} GiB", taken)
     count = kind.count()

@@ -135,7 +135,9 @@ class RankGroup:
         try:
             return results(answers, tuple(calls.references), calls.num_ranks, calls.what, calls.timeout_s)
         except (RanksFailedAlike, OutOfMemory):
-            if len(answers) < len(calls.references):
+            if len(answers) < len(calls.references) and not calls.is_collective:
+                self._abandoned = calls  # the others go on by themselves; what comes next waits for them
+            elif len(answers) < len(calls.references):
                 self._broken = True  # a rank waits for one that ran out of memory, and notices nothing
             elif calls.is_collective:
                 # Nobody is out of step, but a rank that fails in a collective call leaves its group. On a GPU one that has

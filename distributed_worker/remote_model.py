@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.messages import SentTensors, SharedTensors, Store, pack, unpack
-from rayltx.distributed_worker.rank_group import RankGroup
+from rayltx.distributed_worker.rank_group import START_TIMEOUT_S, RankGroup
 from rayltx.distributed_worker.request import ModelSource
 from rayltx.distributed_worker.weight_sharing import Progress, SharedWeights
 from rayltx.distributed_worker.worker import Worker
@@ -109,10 +109,14 @@ class RemoteModel:
         return group.repeated(work, what, repeats)
 
     def call(
-        self, call: Call[_HostClass, _Result], what: str, ranks: Sequence[int] | None = None
+        self,
+        call: Call[_HostClass, _Result],
+        what: str,
+        ranks: Sequence[int] | None = None,
+        timeout_s: float = START_TIMEOUT_S,
     ) -> dict[int, _Result]:
         """Have some workers, or all, run a host's call by themselves. Returns what each gave, by rank."""
-        return self._run(self._on_worker(call), what, self._group.all_ranks if ranks is None else ranks)
+        return self._run(self._on_worker(call), what, self._group.all_ranks if ranks is None else ranks, timeout_s)
 
     def tell(self, call: Call[_HostClass, object]) -> None:
         """Have all workers run a host's call after what they are doing. Nothing is waited for, nor reported."""
@@ -138,10 +142,12 @@ class RemoteModel:
         """SHA-256 of the parameters that each worker sees, by rank."""
         return self._group.run_on(self._group.all_ranks, ask(Worker.digest, self.model_id), "hashing")
 
-    def _run(self, call: Call[Worker, _Result], what: str, ranks: Sequence[int]) -> dict[int, _Result]:
+    def _run(
+        self, call: Call[Worker, _Result], what: str, ranks: Sequence[int], timeout_s: float = START_TIMEOUT_S
+    ) -> dict[int, _Result]:
         def work() -> dict[int, _Result]:
             self._group.ensure_whole()
-            return self._group.run_on(ranks, call, what)
+            return self._group.run(dict.fromkeys(ranks, call), what, timeout_s)
 
         return self._group.repeated(work, what)
 

@@ -24,6 +24,11 @@ _ARGUMENTS = {TORCH: "use_pytorch_cross_attention", FLASH: "use_flash_attention"
 _OTHERS = ("use_split_cross_attention", "use_quad_cross_attention")
 
 
+def chooses_other_kernel(kernel_arguments: Mapping[str, object]) -> bool:
+    """Whether attention is not torch's own, where a rank sees all keys: merged parts are torch's in any case."""
+    return any(kernel_arguments.get(_ARGUMENTS[family]) for family in (FLASH, SAGE))
+
+
 def warn_if_ring_replaces(kernel_arguments: Mapping[str, object], ring_degree: int) -> None:
     """Say by name that ring attention cannot use a kernel: its partial results are merged by a log-sum-exp of torch's.
 

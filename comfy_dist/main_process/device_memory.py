@@ -71,6 +71,15 @@ class DeviceMemory:
             self._free = min(self._model.remote.call(ask(ComfyHost.free_bytes), "measuring", ranks).values())
         return self._free
 
+    def text_on_one(self, work: Callable[[MemorySaving | None], _Result]) -> _Result:
+        """`within`, for what prepares text on one worker. Outside of a run it leaves nothing on that worker's device."""
+        loaded = self.loaded
+        try:
+            return self.within(work)
+        finally:
+            if not loaded:
+                self._model.remote.tell(ask(ComfyHost.unload))
+
     def bytes_of_sharing(self, shape: Sequence[int]) -> int:
         """Bytes that a rank needs for a latent of this shape besides its share of ComfyUI's estimate."""
         element_bytes = self._model.spec.compute_dtype.itemsize
@@ -81,10 +90,13 @@ class DeviceMemory:
         """Before a run, as ComfyUI does with a model of its own: what is free next to the weights is known then."""
         self._run, self._saving, self._free = next(self._runs), None, None
         ranks = range(self._model.placement.config.world_size)
+        limit_s = self._model.placement.request.step_timeout_s  # the file may have to be read for it
 
         def load(saving: MemorySaving | None) -> dict[int, int]:
             inputs = self.load_inputs() if saving is None else saving.load(self.load_inputs())
-            return self._model.remote.call(ask(ComfyHost.load, inputs), "putting weights on the devices", ranks)
+            return self._model.remote.call(
+                ask(ComfyHost.load, inputs), "putting weights on the devices", ranks, limit_s
+            )
 
         self._placed = self.within(load)
         self.loaded = True
@@ -113,7 +125,8 @@ class DeviceMemory:
                 ask(ComfyHost.placed_bytes), "measuring", range(self._model.placement.config.world_size)
             )
             weight_bytes = self._model.remote.source.weight_bytes
-            self._saving = MemorySaving.after(placed, weight_bytes, self._model.placement.weight_budget)
+            most = min(info.device_memory_bytes for info in self._model.cluster.workers())
+            self._saving = MemorySaving.after(placed, min(weight_bytes, most), self._model.placement.weight_budget)
             logger.warning("%s; trying again with %s", short, self._saving)
             self._model.remote.call(ask(ComfyHost.unload), "giving memory back")
             try:

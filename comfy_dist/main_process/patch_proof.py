@@ -25,6 +25,7 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 logger = logging.getLogger(__name__)
 
 _FEED_FORWARD = "ff"
+_MOST_TOKENS = 4096  # of a step that is tried whole on one device
 _CAN_BE_SHOWN_ALL = {role.value for role in AttentionRole} | {_FEED_FORWARD}
 _OPTION_PATCHES = ("patches", "patches_replace", "optimized_attention_override")
 
@@ -71,6 +72,7 @@ class Patched:
     state_digest: bytes
     case: Case
     config: ParallelConfig
+    video_tokens: int  # of the step's own inputs
 
     def key(self) -> bytes:
         """The same for the same: patches by what they are made of, without the large tensors in them."""
@@ -105,11 +107,11 @@ class PatchProofs:
         named = ", ".join(patched.names[:4]) + (
             f", and {len(patched.names) - 4} more" if len(patched.names) > 4 else ""
         )
-        found = _tried(attempt, patched.case, ())
+        found = _tried(attempt, patched.case, (), patched.video_tokens <= _MOST_TOKENS)
         modules: tuple[str, ...] = ()
         if isinstance(found, str) or not found.is_rounding:
             modules = modules_to_show_all(patched.state)
-            shown = _tried(attempt, patched.case, modules) if modules else found
+            shown = _tried(attempt, patched.case, modules, patched.video_tokens <= _MOST_TOKENS) if modules else found
             if isinstance(shown, str) or not shown.is_rounding:
                 raise UnsupportedError(_refusal(named, found, patched.config))
             logger.warning(
@@ -125,11 +127,11 @@ class PatchProofs:
         return modules
 
 
-def _tried(attempt: Try, case: Case, modules: tuple[str, ...]) -> Difference | str:
-    """On small inputs, or on the step's own where a patch does not take such."""
+def _tried(attempt: Try, case: Case, modules: tuple[str, ...], own_inputs_are_small: bool) -> Difference | str:
+    """On small inputs, or on the step's own where a patch does not take such, and one device can do them whole."""
     try:
         found = attempt(case, modules)
-        return attempt(None, modules) if isinstance(found, str) else found
+        return attempt(None, modules) if isinstance(found, str) and own_inputs_are_small else found
     except (RanksDisagree, RanksFailedAlike) as error:
         return str(error).splitlines()[0]
 

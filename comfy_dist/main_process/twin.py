@@ -22,7 +22,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayltx.comfy_dist.comfy_host import COMFY_HOST
 from rayltx.comfy_dist.comfy_types import BaseModel, HookGroup
@@ -249,7 +249,7 @@ def load_twin(
         object.__setattr__(diffusion_model, LINK, link)
         for name in (*TEXT_MODULES, *CAPTION_PROJECTIONS):
             module = getattr(diffusion_model, name, None)
-            if module is not None:
+            if isinstance(module, nn.Module):  # some versions have a function that does nothing there
                 module.__class__ = _remote_module_class(type(module))  # type: ignore[arg-type]
                 object.__setattr__(module, LINK, link)
                 object.__setattr__(module, MODULE_NAME, name)

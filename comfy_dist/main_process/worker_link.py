@@ -8,7 +8,7 @@ import logging
 import uuid
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import comfy.model_management
 from torch import Tensor
@@ -190,8 +190,9 @@ class WorkerLink:
         names = names_of_patches(state, options)
         if not names or config.world_size == 1 or state is None or self._sent_options is None:
             return inputs
-        case = case_like(inputs.arguments["x"], inputs.arguments)
-        patched = Patched(names, state, self._sent_options[1], self._patches_digest, case, config)
+        x: Any = inputs.arguments["x"]
+        case, video_tokens = case_like(x, inputs.arguments), (x[0] if isinstance(x, (list, tuple)) else x)[0, 0].numel()
+        patched = Patched(names, state, self._sent_options[1], self._patches_digest, case, config, video_tokens)
         modules = self._proofs.known(patched)
         if modules is None:
 
@@ -219,7 +220,7 @@ class WorkerLink:
             call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, load))
             return self.remote.call(call, "the text connector", ranks=[0])[0]
 
-        return self.memory.within(connect).to(context.device)
+        return self.memory.text_on_one(connect).to(context.device)
 
     def run_module(self, name: str, *args: object, **kwargs: object) -> object:
         """A module that prepares text, where a node calls it by itself. One worker is enough for it."""
@@ -230,7 +231,7 @@ class WorkerLink:
             call = ask(ComfyHost.run_module, ModuleInputs(name, args, kwargs, load))
             return self.remote.call(call, name, ranks=[0])[0]
 
-        out = self.memory.within(run)
+        out = self.memory.text_on_one(run)
         return to_device(out, tensors[0].device) if tensors else out
 
     def _options_key(self, options: Options) -> str:

@@ -45,27 +45,24 @@ class _Streamed:
     layer: nn.Module
     name: str
     host: nn.Parameter
-    offsets: list[int]  # of its parts in a slot
+    parts: list[Tensor]  # that it consists of
+    offsets: list[int]  # of those in a slot
 
     def is_there(self) -> bool:
         """Whether it is still the layer's: hooks put patched ones in its place."""
         now = getattr(self.layer, self.name)
-        return (
-            now is not None
-            and now.device.type == "cpu"
-            and _parts(now)[0].data_ptr() == _parts(self.host)[0].data_ptr()
-        )
+        return now is not None and now.device.type == "cpu" and _parts(now)[0].data_ptr() == self.parts[0].data_ptr()
 
     def copied_into(self, buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(part on the host, its place on the device) of each."""
         pairs = []
-        for part, offset in zip(_parts(self.host), self.offsets):
+        for part, offset in zip(self.parts, self.offsets):
             place = buffer[offset : offset + part.nbytes].view(part.dtype).view(part.shape)
             pairs.append((part, place))
         return pairs
 
     def on_device(self, buffer: Tensor) -> nn.Parameter:
-        return nn.Parameter(_with_parts(self.host.data, [d for _, d in self.copied_into(buffer)]), requires_grad=False)
+        return nn.Parameter(_with_parts(self.host, [d for _, d in self.copied_into(buffer)]), requires_grad=False)
 
 
 @dataclass
@@ -101,7 +98,7 @@ class BlockStreaming:
             slot = _Slot(buffer, kind.new_event(), kind.new_event())
             slot.free.record(kind.current_stream())  # whatever had this memory before may not be done
             self._slots.append(slot)
-        parts = [part for found in self._blocks.values() for item in found for part in _parts(item.host)]
+        parts = [part for found in self._blocks.values() for item in found for part in item.parts]
         self._registered = {part.data_ptr() for part in parts if register_pages_of(part, kind)}
         for number in self._order:
             take, drop = self._hooks(number)
@@ -213,18 +210,16 @@ def _on_host(block: nn.Module) -> list[_Streamed]:
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.device.type != "cpu":
                 continue
-            offsets = []
-            for part in _parts(parameter):
+            parts, offsets = _parts(parameter), []
+            for part in parts:
                 offsets.append(offset)
                 offset += _rounded(part.nbytes)
-            found.append(_Streamed(layer, name, parameter, offsets))
+            found.append(_Streamed(layer, name, parameter, parts, offsets))
     return found
 
 
 def _end(found: Sequence[_Streamed]) -> int:
-    return max(
-        offset + _rounded(part.nbytes) for item in found for part, offset in zip(_parts(item.host), item.offsets)
-    )
+    return max(offset + _rounded(part.nbytes) for item in found for part, offset in zip(item.parts, item.offsets))
 
 
 def _rounded(num_bytes: int) -> int:
@@ -233,9 +228,8 @@ def _rounded(num_bytes: int) -> int:
 
 def _parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors that a weight consists of: of a quantised one, its numbers and scales."""
-    tensor = tensor.data
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
+    if not hasattr(tensor, "__tensor_flatten__"):  # not of `.data`, which has scales of its own
+        return [tensor.detach()]
     names, _ = tensor.__tensor_flatten__()
     return [getattr(tensor, name) for name in names]
 

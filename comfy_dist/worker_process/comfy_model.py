@@ -110,7 +110,9 @@ class ComfyModel(ComfyHost):
         with torch.inference_mode():
             self._put_on_device(step.load)
             try:
-                return difference(call, model, functools.partial(self._sharded, group, step), self._renew_objects)
+                return difference(
+                    call, model, functools.partial(self._sharded, group, step), self._renew_objects, group
+                )
             finally:
                 self._renew_objects()
 

@@ -15,17 +15,20 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayltx.comfy_dist.comfy_types import DiffusionModel
 from rayltx.comfy_dist.model_spec import TEXT_MODULES
 from rayltx.comfy_dist.self_test import Case, answer, cases_for, forward_arguments
 from rayltx.comfy_dist.wire import Difference
+from rayltx.devices import is_out_of_memory
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
-_BLOCKS = 2  # the second sees what the first made of every stream
+_BLOCKS = 2  # at least: the second sees what the first made of every stream
+_KINDS = 4  # of blocks at most
 # One for each way to call a kernel: text masks, batches, no mask and masks of self-attention; and audio in all of them.
 _CASES = ("text to video", "image to video", "guide with a strength", "guide with a pixel mask")
 _SHARPNESS = 4.0
@@ -59,18 +62,28 @@ def differences_by_case(
 
 
 def difference(
-    call: Callable[[], list[Tensor]], model: DiffusionModel, scope: Callable[[], Any], renew: Callable[[], None]
+    call: Callable[[], list[Tensor]],
+    model: DiffusionModel,
+    scope: Callable[[], Any],
+    renew: Callable[[], None],
+    group: SequenceParallelGroup,
 ) -> Difference | str:
     """How far a call of the model is within a scope from what it is outside, and how far rounding would take it.
 
     renew: done before each call: what the one before has left behind is taken away.
-    Returns what the model said instead, if it cannot be called outside of it. Raises what it raises within.
+    Returns what the model said instead, if it cannot be called outside of it. Raises what it raises within, and out of memory.
+    Collective: the ranks of the group agree on whether to go on.
     """
+    refused, whole = "", []
     try:
         renew()
         whole = call()
     except Exception as error:  # whatever a patch says to inputs that it is not for
-        return f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            raise
+        refused = f"{type(error).__name__}: {error}"
+    if _any_rank(bool(refused), group, whole[0].device if whole else torch.device("cpu")):
+        return refused or "another rank refused the inputs"
     noise = [TOLERANCE]
     for seed in range(_NOISE_SAMPLES):
         renew()
@@ -82,9 +95,17 @@ def difference(
     return Difference(_worst_error(within, whole), max(noise))
 
 
+def _any_rank(flag: bool, group: SequenceParallelGroup, device: torch.device) -> bool:
+    if group.world is None:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group.world)
+    return bool(found.item())
+
+
 def first_blocks(model: DiffusionModel, device: torch.device) -> DiffusionModel:
     """A copy with the first blocks alone, and without what only prepares text; weights on the device, uncopied if there."""
-    blocks = nn.ModuleList(list(model.transformer_blocks)[:_BLOCKS])
+    blocks = nn.ModuleList(_representatives(list(model.transformer_blocks)))
     # What deepcopy finds here it takes in place of a copy.
     memo: dict[int, Any] = {id(getattr(model, name, None)): None for name in TEXT_MODULES}
     memo.pop(id(None), None)
@@ -97,6 +118,22 @@ def first_blocks(model: DiffusionModel, device: torch.device) -> DiffusionModel:
         memo[id(buffer)] = buffer.to(device)
     memo[id(model.transformer_blocks)] = copy.deepcopy(blocks, memo)
     return copy.deepcopy(model, memo).to(device)
+
+
+def _representatives(blocks: list[nn.Module]) -> list[nn.Module]:
+    """The first block of each kind, by its layers' formats: files often quantise all but the outer ones. Two at least."""
+    kinds = [_kind(block) for block in blocks]
+    chosen = sorted({kinds.index(kind) for kind in kinds})[:_KINDS]
+    chosen += [number for number in range(len(blocks)) if number not in chosen][: max(0, _BLOCKS - len(chosen))]
+    return [blocks[number] for number in sorted(chosen)]
+
+
+def _kind(block: nn.Module) -> list[tuple[str, str]]:
+    """What each of its parameters and layers is held in."""
+    kind = [(name, f"{parameter.dtype} {type(parameter).__name__}") for name, parameter in block.named_parameters()]
+    for name, layer in block.named_modules():
+        kind.append((name, f"{vars(layer).get('layout_type')} {vars(layer).get('block_format')}"))
+    return kind
 
 
 def _parameters(module: nn.Module | None) -> Iterator[nn.Parameter]:
@@ -115,10 +152,11 @@ def _sharpen(model: nn.Module) -> None:
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Let each linear layer's numbers round to a neighbour, up or down, within the `with`."""
-    generator = torch.Generator().manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
 
     def to_a_neighbour(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
-        ulps = torch.rand(out.shape, generator=generator) * 2 - 1
+        generator = generators.setdefault(out.device, torch.Generator(out.device).manual_seed(seed))
+        ulps = torch.rand(out.shape, generator=generator, device=out.device) * 2 - 1
         return out * (1 + torch.finfo(out.dtype).eps * ulps).to(out)
 
     with contextlib.ExitStack() as scope:

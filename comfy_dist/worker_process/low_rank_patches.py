@@ -1,6 +1,6 @@
 """LoRAs next to a quantised product.
 
-ComfyUI multiplies some quantised layers as they are, in fp8, fp4 or int8, but not one whose weight has a function to run:
+ComfyUI multiplies some quantised layers as they are, in fp8 or fp4, but not one whose weight has a function to run:
 that one is dequantised, patched and multiplied in full at each use. A LoRA needs none of it. Its delta is a product of two
 thin matrices, which is applied to the layer's input by itself, in the dtype of that: W x + B (A x).
 """
@@ -21,28 +21,34 @@ from torch.utils.hooks import RemovableHandle
 from rayltx.comfy_dist.comfy_types import Layer
 from rayltx.comfy_dist.marks import LOW_RANK_PATCHES
 
+# ComfyUI's feed-forward multiplies these weights itself, past the layer and its hooks, unless they have a function.
+_PAST_THE_LAYER = ("TensorWiseINT8Layout",)
+
 
 def multiplies_quantised(layer: Layer) -> bool:
     """Whether ComfyUI multiplies this layer without dequantising it, as long as its weight has no function."""
     if getattr(layer, "pre_quant_scale", None) is not None:
         return False  # its weight is for an input that the layer changes first
     if isinstance(layer.weight, QuantizedTensor):
+        if getattr(layer, "layout_type", None) in _PAST_THE_LAYER:
+            return False
         return not getattr(layer, "_full_precision_mm", False)
     return isinstance(layer, comfy.ops.fp8_ops.Linear) and layer.weight.dtype == torch.float8_e4m3fn
 
 
 @dataclass
 class LowRank:
-    """A LoRA's delta of a weight: up @ down. up: (out, rank), with all factors in it; down: (rank, in)."""
+    """A LoRA's delta of a weight: factor * up @ down. up: (out, rank), down: (rank, in)."""
 
     up: Tensor
     down: Tensor
+    factor: float
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """out: (..., out), added to in place; x: (..., in), what the layer got. In the dtype of `out`."""
         down, up = self.down.to(x.dtype), self.up.to(out.dtype)
         thin = torch.nn.functional.linear(x, down).to(out.dtype)
-        out.view(-1, out.shape[-1]).addmm_(thin.reshape(-1, thin.shape[-1]), up.T)
+        out.view(-1, out.shape[-1]).addmm_(thin.reshape(-1, thin.shape[-1]), up.T, alpha=self.factor)
 
 
 def low_rank_of(patches: Sequence[Any], device: torch.device) -> list[LowRank] | None:
@@ -58,8 +64,7 @@ def low_rank_of(patches: Sequence[Any], device: torch.device) -> list[LowRank] |
         if mid is not None or dora_scale is not None or reshape is not None or up.ndim != 2 or down.ndim != 2:
             return None
         factor = strength * (1.0 if alpha is None else float(alpha) / down.shape[0])
-        scaled = (up.to(device, torch.float32) * factor).to(up.dtype)
-        found.append(LowRank(scaled, down.to(device)))
+        found.append(LowRank(up.to(device), down.to(device), factor))
     return found
 
 

@@ -140,12 +140,9 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.__dict__.setdefault(HOOKS_AT_USE, {})
 
     def partially_unload(self, *args: object, **kwargs: object) -> object:
-        streamed = STREAMING in self.model.__dict__
-        self.end_streaming()
+        self.end_streaming()  # until the next load ComfyUI brings each layer itself: memory is wanted now
         freed = super().partially_unload(*args, **kwargs)
         self._set_patches_at_use()
-        if streamed:
-            self._stream_blocks()
         return freed
 
     def unpatch_model(self, device_to: object = None, unpatch_weights: bool = True) -> None:

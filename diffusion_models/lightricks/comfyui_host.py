@@ -72,9 +72,9 @@ def sharded(
                 if attention is not None and f"transformer_blocks.{number}.{role.value}" not in gathered:
                     tag = functools.partial(_tag_role, role)
                     scope.callback(attention.register_forward_pre_hook(tag, with_kwargs=True).remove)
-        scope.enter_context(agreed_input_scales(diffusion_model, group))
+        in_step = scope.enter_context(agreed_input_scales(diffusion_model, group))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
-        if feed_forward_chunks != 1:
+        if feed_forward_chunks != 1 and not in_step:  # ranks' tokens may fall into different numbers of chunks
             scope.enter_context(chunked(diffusion_model, feed_forward_chunks))
         for name in gathered:
             module = diffusion_model.get_submodule(name)

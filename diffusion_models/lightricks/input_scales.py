@@ -22,19 +22,22 @@ _LARGEST = 448.0 * 6.0  # of a block's scale in fp8, times that of a value in fp
 
 
 @contextlib.contextmanager
-def agreed_input_scales(model: nn.Module, group: SequenceParallelGroup) -> Iterator[None]:
+def agreed_input_scales(model: nn.Module, group: SequenceParallelGroup) -> Iterator[bool]:
     """Within the `with`, give such layers of the model the scale of all ranks' inputs together, at each call.
 
+    Gives whether there are any: then all ranks have to call the same layers equally often, which chunks of their tokens do not.
     Collective: all ranks of the group call the same layers in the same order. Costs a small all-reduce for each input.
     """
     with contextlib.ExitStack() as scope:
+        any_layer = False
         if group.world is not None:
             agreement = _Agreement(group.world)
             for layer in model.modules():
                 if _scales_its_input(layer):
+                    any_layer = True
                     scope.callback(layer.register_forward_pre_hook(agreement.give_scale).remove)
                     scope.callback(layer.__dict__.pop, "input_scale", None)
-        yield
+        yield any_layer
 
 
 def _scales_its_input(layer: nn.Module) -> bool:

@@ -115,6 +115,27 @@ def test_a_block_that_was_taken_out_is_seen(models):
     assert snapshot.changes(model) == []
 
 
+def test_files_whose_text_is_projected_elsewhere_load(models, cluster, tmp_path):
+    """As the official LTX-2.3: where modules would be that project captions, ComfyUI has functions that do nothing."""
+    import comfy.sd
+    from comfy_models import save_tiny_checkpoint
+
+    from rayltx.comfy_dist.main_process.placement import Placement
+    from rayltx.comfy_dist.main_process.twin import load_twin
+    from rayltx.diffusion_models.lightricks.relative_error import relative_error
+    from rayltx.sequence_parallel.partition import ParallelConfig
+
+    path = tmp_path / "model.safetensors"
+    save_tiny_checkpoint(path, "LTX-2.3", caption_projection_first_linear=False)
+    twin = load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)))
+    with torch.inference_mode():
+        whole = comfy.sd.load_diffusion_model(str(path))
+        out, reference = (
+            scenarios.tensors_of(scenarios.euler(m, "LTX-2.3", CONFIGS["LTX-2.3"]))[0] for m in (twin, whole)
+        )
+    assert relative_error(out, reference) <= 5e-6
+
+
 @pytest.mark.parametrize("version", ["LTX-2", "LTX-2.3"])
 def test_nodes_can_call_the_modules_that_prepare_text(models, version):
     """As nodes for negative guidance do: bring the module to the device, call it, bring it back."""
