@@ -115,9 +115,9 @@ def test_what_is_free_is_asked_once_a_run_when_the_weights_are_there(twin, monke
 
     asked, call = [], RemoteModel.call
 
-    def noted(self, call_, what, ranks=None):
+    def noted(self, call_, what, *more):
         asked.append(what)
-        return call(self, call_, what, ranks)
+        return call(self, call_, what, *more)
 
     monkeypatch.setattr(RemoteModel, "call", noted)
     sample(twin)
