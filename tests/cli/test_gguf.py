@@ -1,22 +1,14 @@
 """GGUF files on the embedded host, through the commands."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from rayltx_command import rayltx
 from safetensors.torch import load_file
 
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
-
-
-def rayltx(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "importable"), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "rayltx.cli.main", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
+import rayltx_command
 from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS, save_tiny_checkpoint
 from safetensors.torch import load_file, save_file
@@ -16,10 +15,7 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 
-def rayltx(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "importable"), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "rayltx.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+rayltx = functools.partial(rayltx_command.rayltx, timeout=300)
 
 
 @pytest.fixture(autouse=True)
