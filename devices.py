@@ -82,25 +82,17 @@ class DeviceKind:
         """The environment of a process that may use this one of the `visible` devices alone."""
         return {self.visible_variable: device, **dict.fromkeys(self.overriding_variables, device)}
 
-    def total_bytes(self) -> int:
-        """Memory of the first device that this process can use; of the machine, for the CPU."""
+    def total_bytes(self, index: int = 0) -> int:
+        """Memory of a device that this process can use; of the machine, for the CPU. The driver takes none of it for this."""
         if self.name == CPU:
             return psutil.virtual_memory().total
-        return self._module.get_device_properties(0).total_memory
+        return self._module.get_device_properties(index).total_memory
 
     def free_bytes(self, index: int = 0) -> int:
         """Of the memory of a device that this process can use; of the machine, for the CPU."""
         if self.name == CPU:
             return psutil.virtual_memory().available
         return self._module.mem_get_info(index)[0]
-
-    def memories(self) -> list[tuple[str, int]]:
-        """(name, bytes of memory) of each device that this process can use. The driver takes none of it for this."""
-        if self.name == CPU:
-            return [("CPU", self.total_bytes())]
-        return [
-            (name, self._module.get_device_properties(index).total_memory) for index, name in enumerate(self.names())
-        ]
 
     def reaches(self, one: int, other: int) -> bool:
         """Whether a device can copy to and from another's memory by itself, as the driver has it."""

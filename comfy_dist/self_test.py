@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,8 @@ from rayltx.diffusion_models.lightricks.random_weights import randomise
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
 from rayltx.errors import SelfTestError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
+
+logger = logging.getLogger(__name__)
 
 _HEAD_DIM, _AUDIO_HEAD_DIM, _LAYERS = 12, 8, 2
 _FRAMES, _HEIGHT, _WIDTH = 3, 3, 5
@@ -234,6 +238,7 @@ def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: 
                 with sharded(model, group):
                     in_shards = call(model, case, device)
             except Exception as error:  # whatever an unknown model says to being sharded is the verdict
+                logger.info("%s cannot be sharded: %s", case.name, traceback.format_exc())
                 errors[case.name] = f"{type(error).__name__}: {error}"
                 continue
             assert len(whole) == len(in_shards)

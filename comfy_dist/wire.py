@@ -53,13 +53,10 @@ class TextInputs:
 
 
 @dataclass(frozen=True)
-class ModuleInputs:
+class ModuleInputs(TextInputs):
     """One call of a module that prepares text, which reads both."""
 
     name: str  # read by `ComfyModel`: within the model
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
-    load: LoadInputs
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def _devices(request: ClusterRequest, measure: bool) -> Iterator[Fact]:
     if differing := differing_cards(request):
         yield Fact("cards", "not all the same", differing)
     yield Fact("driver", kind.description())
-    for number, (name, total) in enumerate(kind.memories()):
+    for number, name in enumerate(kind.names()):
+        total = kind.total_bytes(number)
         try:
             free = kind.free_bytes(number) if measure else total
         except RuntimeError as error:  # not even a context fits

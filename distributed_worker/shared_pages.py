@@ -57,7 +57,7 @@ class _Region:
             return True
         if kind.name in self._refused or not self._pages[1]:
             return False
-        unprotected = self._pages[1] and _protect(*self._pages, _PROT_READ | _PROT_WRITE)
+        unprotected = _protect(*self._pages, _PROT_READ | _PROT_WRITE)
         taken = kind.register_host_memory(self.start, self.stop - self.start)
         if unprotected:
             _protect(*self._pages, _PROT_READ)

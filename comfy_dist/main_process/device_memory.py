@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -49,12 +48,16 @@ class DeviceMemory:
         self.latent_shape: list[int] = [1, 1, 1, 1, 1]  # of what is about to be sampled
         self.replicated = Replicated()
         self._model = model
-        self._runs = itertools.count()
-        self._run = next(self._runs)
+        self._run = 0  # their number
         self._saving: MemorySaving | None = None  # for the rest of this run
         self._placed: dict[int, int] = {}  # bytes of weights on each rank's device
         self._other_devices = OtherDevices(self)
         self._free: int | None = None  # on the device that has least, in this run
+
+    @property
+    def _ranks(self) -> range:
+        """The workers that have a part in the model."""
+        return range(self._model.placement.config.world_size)
 
     def begin_run(self) -> None:
         """A sampling run begins, for which ComfyUI has loaded the model."""
@@ -67,8 +70,7 @@ class DeviceMemory:
         numbers are others in the last bits, and what steps leave in a worker's cache looks taken from here.
         """
         if self._free is None:
-            ranks = range(self._model.placement.config.world_size)
-            self._free = min(self._model.remote.call(ask(ComfyHost.free_bytes), "measuring", ranks).values())
+            self._free = min(self._model.remote.call(ask(ComfyHost.free_bytes), "measuring", self._ranks).values())
         return self._free
 
     def text_on_one(self, work: Callable[[MemorySaving | None], _Result]) -> _Result:
@@ -88,15 +90,12 @@ class DeviceMemory:
 
     def put_on_devices(self) -> None:
         """Before a run, as ComfyUI does with a model of its own: what is free next to the weights is known then."""
-        self._run, self._saving, self._free = next(self._runs), None, None
-        ranks = range(self._model.placement.config.world_size)
+        self._run, self._saving, self._free = self._run + 1, None, None
         limit_s = self._model.placement.request.step_timeout_s  # the file may have to be read for it
 
         def load(saving: MemorySaving | None) -> dict[int, int]:
-            inputs = self.load_inputs() if saving is None else saving.load(self.load_inputs())
-            return self._model.remote.call(
-                ask(ComfyHost.load, inputs), "putting weights on the devices", ranks, limit_s
-            )
+            call = ask(ComfyHost.load, self.load_inputs(saving))
+            return self._model.remote.call(call, "putting weights on the devices", self._ranks, limit_s)
 
         self._placed = self.within(load)
         self.loaded = True
@@ -121,9 +120,7 @@ class DeviceMemory:
         except OutOfMemory as error:
             short = error
         if self._saving is None:
-            placed = self._model.remote.call(
-                ask(ComfyHost.placed_bytes), "measuring", range(self._model.placement.config.world_size)
-            )
+            placed = self._model.remote.call(ask(ComfyHost.placed_bytes), "measuring", self._ranks)
             weight_bytes = self._model.remote.source.weight_bytes
             most = min(info.device_memory_bytes for info in self._model.cluster.workers())
             self._saving = MemorySaving.after(placed, min(weight_bytes, most), self._model.placement.weight_budget)
@@ -136,14 +133,16 @@ class DeviceMemory:
         self._model.remote.call(ask(ComfyHost.unload), "giving memory back")
         raise comfy.model_management.OOM_EXCEPTION(f"{short}. {advice(self._saving)}") from short
 
-    def load_inputs(self) -> LoadInputs:
-        return LoadInputs(
+    def load_inputs(self, saving: MemorySaving | None = None) -> LoadInputs:
+        """By what a worker puts the weights on its device. saving: what it is tried with once more."""
+        inputs = LoadInputs(
             run=self._run,
             latent_shape=self.latent_shape,
             weight_budget=self._model.placement.weight_budget,
             world_size=self._model.placement.config.world_size,
             sharing_bytes=self.bytes_of_sharing(self.latent_shape),
         )
+        return inputs if saving is None else saving.load(inputs)
 
     def end_run(self, free: bool) -> None:
         """A sampling run is over, or cancelled: nothing is waited for. free: give the devices' memory back."""

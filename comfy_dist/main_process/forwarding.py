@@ -20,7 +20,7 @@ from rayltx.errors import UnsupportedError
 # patches the model's inside.
 _HERE = ("wrappers", "callbacks")
 CHANGING = ("sigmas", "sample_sigmas", "cond_or_uncond", "uuids", "prefetch_dynamic_vbars")
-_PATCHES = ("patches", "patches_replace", "optimized_attention_override")
+OPTION_PATCHES = ("patches", "patches_replace", "optimized_attention_override")
 MODEL_PREFIX = "diffusion_model."  # of object patches that belong into the workers
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
 _BOTH = ("manual_cast_dtype",)  # object patches that count on both sides
@@ -69,9 +69,9 @@ def remote_options(options: Options) -> Options:
     The model reads plain values. Objects are read by patches alone: without a patch of the model's inside, they belong to
     wrappers, which stay here with all that they have cached.
     """
-    patched = any(options.get(name) for name in _PATCHES)
+    patched = any(options.get(name) for name in OPTION_PATCHES)
     kept = {name: value for name, value in options.items() if name not in _HERE and name not in CHANGING}
-    return {name: value for name, value in kept.items() if patched or name in _PATCHES or _is_plain(value)}
+    return {name: value for name, value in kept.items() if patched or name in OPTION_PATCHES or _is_plain(value)}
 
 
 def _is_plain(value: object) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rayltx.comfy_dist.comfy_types import DiffusionModel
 from rayltx.comfy_dist.model_spec import has_audio
+from rayltx.diffusion_models.lightricks.step_cost import TEXT_TOKENS
 from rayltx.sequence_parallel.exchange_memory import exchange_bytes
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -22,7 +23,7 @@ _TEXT_TENSORS = 4  # the text, its norm, keys and values
 class Replicated:
     """Tokens that every rank holds whole. As ComfyUI's text encoders pad, and 10 s of audio, until they are known."""
 
-    text_tokens: int = 1024
+    text_tokens: int = TEXT_TOKENS
     audio_tokens: int = 256
 
     @classmethod

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 from rayltx.comfy_dist.comfy_types import Options
-from rayltx.comfy_dist.main_process.forwarding import MODEL_PREFIX
+from rayltx.comfy_dist.main_process.forwarding import MODEL_PREFIX, OPTION_PATCHES
 from rayltx.comfy_dist.self_test import Case
 from rayltx.comfy_dist.wire import Difference, PatchState
 from rayltx.diffusion_models.lightricks.roles import AttentionRole
@@ -27,20 +27,17 @@ logger = logging.getLogger(__name__)
 _FEED_FORWARD = "ff"
 _MOST_TOKENS = 4096  # of a step that is tried whole on one device
 _CAN_BE_SHOWN_ALL = {role.value for role in AttentionRole} | {_FEED_FORWARD}
-_OPTION_PATCHES = ("patches", "patches_replace", "optimized_attention_override")
 
 Try = Callable[["Case | None", tuple[str, ...]], "Difference | str"]
 """(small inputs or None for the step's own, modules that are shown all tokens) -> as `ComfyHost.patch_test`."""
 
 
-def names_of_patches(state: PatchState | None, options: Options) -> list[str]:
+def names_of_patches(state: PatchState, options: Options) -> list[str]:
     """What a MODEL has besides patches of weights, for messages; [] for nothing that has to be proved."""
-    names = []
-    if state is not None:
-        names += [name for name in state.object_patches if name.startswith(MODEL_PREFIX)]
-        names += [f"injection {name}" for name in state.injections]
-        names += [f"weight wrapper of {name}" for name in state.weight_wrapper_patches]
-    for kind in _OPTION_PATCHES:
+    names = [name for name in state.object_patches if name.startswith(MODEL_PREFIX)]
+    names += [f"injection {name}" for name in state.injections]
+    names += [f"weight wrapper of {name}" for name in state.weight_wrapper_patches]
+    for kind in OPTION_PATCHES:
         found = options.get(kind)
         if isinstance(found, Mapping):
             names += [f"{kind} {name}" for name, inner in found.items() if inner]
@@ -68,21 +65,24 @@ class Patched:
 
     names: list[str]
     state: PatchState
-    options: Message
-    state_digest: bytes
+    digests: tuple[bytes, bytes]  # of the state's code, and of the options
     case: Case
     config: ParallelConfig
     video_tokens: int  # of the step's own inputs
 
-    def key(self) -> bytes:
-        """The same for the same: patches by what they are made of, without the large tensors in them."""
-        digest = hashlib.sha256(self.state_digest)
-        digest.update(digest_of(self.options))
-        digest.update(repr((self.case, self.config)).encode())
-        return digest.digest()
+    @property
+    def key(self) -> Hashable:
+        """The same for the same: patches by what they are made of."""
+        return self.digests, self.case, self.config
+
+    @property
+    def own_inputs_are_small(self) -> bool:
+        """Whether one device can do the step whole."""
+        return self.video_tokens <= _MOST_TOKENS
 
 
 def digest_of(message: Message) -> bytes:
+    """By what it is made of, without the large tensors in it."""
     digest = hashlib.sha256(message.payload)
     for wire in message.tensors:
         digest.update(repr((wire.dtype, wire.shape)).encode())
@@ -95,11 +95,11 @@ class PatchProofs:
     """What has been proved on some workers."""
 
     def __init__(self) -> None:
-        self._proved: dict[bytes, tuple[str, ...]] = {}
+        self._proved: dict[Hashable, tuple[str, ...]] = {}
 
     def known(self, patched: Patched) -> tuple[str, ...] | None:
         """The modules to show all tokens, if these patches have been proved."""
-        return self._proved.get(patched.key())
+        return self._proved.get(patched.key)
 
     def prove(self, patched: Patched, attempt: Try) -> tuple[str, ...]:
         """Returns the modules to show all tokens. Raises UnsupportedError, by the patches' names, if nothing is equal."""
@@ -107,11 +107,11 @@ class PatchProofs:
         named = ", ".join(patched.names[:4]) + (
             f", and {len(patched.names) - 4} more" if len(patched.names) > 4 else ""
         )
-        found = _tried(attempt, patched.case, (), patched.video_tokens <= _MOST_TOKENS)
+        found = _tried(attempt, patched, ())
         modules: tuple[str, ...] = ()
         if isinstance(found, str) or not found.is_rounding:
             modules = modules_to_show_all(patched.state)
-            shown = _tried(attempt, patched.case, modules, patched.video_tokens <= _MOST_TOKENS) if modules else found
+            shown = _tried(attempt, patched, modules) if modules else found
             if isinstance(shown, str) or not shown.is_rounding:
                 raise UnsupportedError(_refusal(named, found, patched.config))
             logger.warning(
@@ -123,15 +123,15 @@ class PatchProofs:
             "%s: exact on %d ranks (%.1e of %.1e that rounding accounts for, %.1f s)",
             named, patched.config.world_size, found.error, found.allowed, time.monotonic() - started,
         )  # fmt: skip
-        self._proved[patched.key()] = modules
+        self._proved[patched.key] = modules
         return modules
 
 
-def _tried(attempt: Try, case: Case, modules: tuple[str, ...], own_inputs_are_small: bool) -> Difference | str:
+def _tried(attempt: Try, patched: Patched, modules: tuple[str, ...]) -> Difference | str:
     """On small inputs, or on the step's own where a patch does not take such, and one device can do them whole."""
     try:
-        found = attempt(case, modules)
-        return attempt(None, modules) if isinstance(found, str) and own_inputs_are_small else found
+        found = attempt(patched.case, modules)
+        return attempt(None, modules) if isinstance(found, str) and patched.own_inputs_are_small else found
     except (RanksDisagree, RanksFailedAlike) as error:
         return str(error).splitlines()[0]
 

@@ -77,7 +77,7 @@ class WorkerLink:
         self._patches_digest = b""
         self._proofs = PatchProofs()
         self._as_loaded: ModuleSnapshot | None = None
-        self._sent_options: tuple[str, Message] | None = None  # their key, and themselves
+        self._sent_options: tuple[str, Message, bytes] | None = None  # their key, themselves, and their digest
         self.hooks = SentHooks(remote)
         self.memory = DeviceMemory(self)
 
@@ -187,12 +187,15 @@ class WorkerLink:
     def _with_proved_patches(self, inputs: StepInputs, options: Options, poll: Callable[[], None]) -> StepInputs:
         """The same with the modules that are shown all tokens. Raises UnsupportedError for patches that cannot be shared."""
         config, state = self.placement.config, self._sent_patches
+        if config.world_size == 1 or state is None or self._sent_options is None:
+            return inputs
         names = names_of_patches(state, options)
-        if not names or config.world_size == 1 or state is None or self._sent_options is None:
+        if not names:
             return inputs
         x: Any = inputs.arguments["x"]
         case, video_tokens = case_like(x, inputs.arguments), (x[0] if isinstance(x, (list, tuple)) else x)[0, 0].numel()
-        patched = Patched(names, state, self._sent_options[1], self._patches_digest, case, config, video_tokens)
+        digests = self._patches_digest, self._sent_options[2]
+        patched = Patched(names, state, digests, case, config, video_tokens)
         modules = self._proofs.known(patched)
         if modules is None:
 
@@ -216,8 +219,7 @@ class WorkerLink:
         check_text_to_connect(self.base_model.diffusion_model, self.spec.model_version, context)
 
         def connect(saving: MemorySaving | None) -> Tensor:
-            load = self.memory.load_inputs() if saving is None else saving.load(self.memory.load_inputs())
-            call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, load))
+            call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, self.memory.load_inputs(saving)))
             return self.remote.call(call, "the text connector", ranks=[0])[0]
 
         return self.memory.text_on_one(connect).to(context.device)
@@ -227,8 +229,7 @@ class WorkerLink:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
         def run(saving: MemorySaving | None) -> object:
-            load = self.memory.load_inputs() if saving is None else saving.load(self.memory.load_inputs())
-            call = ask(ComfyHost.run_module, ModuleInputs(name, args, kwargs, load))
+            call = ask(ComfyHost.run_module, ModuleInputs(args, kwargs, self.memory.load_inputs(saving), name))
             return self.remote.call(call, name, ranks=[0])[0]
 
         out = self.memory.text_on_one(run)
@@ -246,7 +247,7 @@ class WorkerLink:
             key = uuid.uuid4().hex
             call = ask(ComfyHost.keep_options, ConstantOptions(key, message))
             self.remote.set_up(_OPTIONS, call, "forwarding patches")
-            self._sent_options = (key, message)
+            self._sent_options = (key, message, digest_of(message))
         return self._sent_options[0]
 
     def release(self) -> None:

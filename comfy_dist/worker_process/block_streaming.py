@@ -28,14 +28,10 @@ _BOUNCE_BYTES = 32 * 2**20
 _SLOTS = 2  # the block that computes, and the next
 
 
-def block_bytes(blocks: Sequence[nn.Module]) -> int:
-    """Of the largest block's weights: the most that one slot can need."""
-    return max((sum(_rounded(t.nbytes) for p in block.parameters() for t in _parts(p)) for block in blocks), default=0)
-
-
 def reserved_bytes(blocks: Sequence[nn.Module]) -> int:
-    """What streaming takes of the device's memory at most."""
-    return _SLOTS * block_bytes(blocks)
+    """What streaming takes of the device's memory at most: all of the largest block, in each slot."""
+    sizes = (sum(_rounded(t.nbytes) for p in block.parameters() for t in _parts(p)) for block in blocks)
+    return _SLOTS * max(sizes, default=0)
 
 
 @dataclass

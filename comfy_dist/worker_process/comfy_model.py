@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import comfy.model_management as management
 import torch
@@ -46,8 +47,7 @@ class ComfyModel(ComfyHost):
         self._patcher: Model = None
         self._loaded_for: tuple[int, int] | None = None  # the run and the budget
         self._hooks: dict[str, RemoteHooks] = {}
-        self._options: dict[str, Options] = {}
-        self._packed_options: dict[str, Message] = {}
+        self._options: dict[str, tuple[Message, Options]] = {}  # as they were sent, and unpacked
         self._packed_objects: Message | None = None  # of the patches that are on
 
     # ---- loading
@@ -79,29 +79,32 @@ class ComfyModel(ComfyHost):
             hooks = None if inputs.hooks_key is None else self._hooks[inputs.hooks_key]
             if hooks != self._patcher.current_hooks:
                 self._patcher.patch_hooks(hooks)
-            with self._sharded(group, inputs):
-                out = self._call(inputs, self._options_of(inputs))
+            options = self._with_changing(self._options[inputs.options_key][1], inputs)
+            with self._sharded(group, inputs, options):
+                out = self._call(inputs, options)
             return to_device(out, torch.device("cpu")) if group.rank == 0 else None
 
-    def _options_of(self, inputs: StepInputs) -> Options:
-        options = {**self._options[inputs.options_key], **inputs.changing_options}
-        return to_device(options, self._patcher.load_device)
+    def _with_changing(self, kept: Options, inputs: StepInputs) -> Options:
+        """The transformer options of a step, on the device."""
+        return to_device({**kept, **inputs.changing_options}, self._patcher.load_device)
 
     def _call(self, inputs: StepInputs, options: Options) -> ModelOutput:
         arguments = to_device(inputs.arguments, self._patcher.load_device)
         return self.diffusion_model._forward(**arguments, transformer_options=options)
 
-    def _sharded(self, group: SequenceParallelGroup, inputs: StepInputs) -> AbstractContextManager[None]:
-        options = {**self._options[inputs.options_key], **inputs.changing_options}
+    def _sharded(
+        self, group: SequenceParallelGroup, inputs: StepInputs, options: Options
+    ) -> AbstractContextManager[None]:
         return sharded(self.diffusion_model, group, options.get(CHUNKS_OPTION, 1), inputs.gathered)
 
     def patch_test(self, group: SequenceParallelGroup, inputs: PatchTestInputs) -> Difference | str:
         step, case = inputs.step, inputs.case
         model, device, dtype = self.diffusion_model, self._patcher.load_device, self._spec.compute_dtype
+        packed, kept = self._options[step.options_key]
+        scope = functools.partial(self._sharded, group, step, {**kept, **step.changing_options})
 
         def call() -> list[Tensor]:
-            kept = unpack(self._packed_options[step.options_key], self.module)
-            options = to_device({**kept, **step.changing_options}, device)
+            options = self._with_changing(unpack(packed, self.module), step)
             if case is not None:
                 return call_in_dtype(model, case, dtype, device, options)
             out = self._call(step, options)
@@ -110,15 +113,13 @@ class ComfyModel(ComfyHost):
         with torch.inference_mode():
             self._put_on_device(step.load)
             try:
-                return difference(
-                    call, model, functools.partial(self._sharded, group, step), self._renew_objects, group
-                )
+                return difference(call, model, scope, self._renew_objects, group)
             finally:
                 self._renew_objects()
 
     def keep_options(self, options: ConstantOptions) -> None:
-        self._packed_options = {options.key: options.options}  # one MODEL samples at a time
-        self._options = {options.key: unpack(options.options, self.module)}
+        # In place of those before: one MODEL samples at a time.
+        self._options = {options.key: (options.options, unpack(options.options, self.module))}
 
     def keep_hooks(self, hooks: HookPatches) -> None:
         self._hooks[hooks.key] = RemoteHooks(hooks)
@@ -152,16 +153,16 @@ class ComfyModel(ComfyHost):
         self._patcher.patch_model(load_weights=False)
 
     def preprocess_text(self, inputs: TextInputs) -> Tensor:
-        with torch.inference_mode():
-            self._put_on_device(inputs.load)
-            args, kwargs = to_device((inputs.args, inputs.kwargs), self._patcher.load_device)
-            return self.diffusion_model.preprocess_text_embeds(*args, **kwargs).cpu()
+        return self._prepare_text(self.diffusion_model.preprocess_text_embeds, inputs)
 
     def run_module(self, inputs: ModuleInputs) -> object:
+        return self._prepare_text(self.module(inputs.name), inputs)
+
+    def _prepare_text(self, function: Callable[..., Any], inputs: TextInputs) -> Any:
         with torch.inference_mode():
             self._put_on_device(inputs.load)
             args, kwargs = to_device((inputs.args, inputs.kwargs), self._patcher.load_device)
-            return to_device(self.module(inputs.name)(*args, **kwargs), torch.device("cpu"))
+            return to_device(function(*args, **kwargs), torch.device("cpu"))
 
     def self_test(self, group: SequenceParallelGroup) -> dict[str, float | str]:
         device = self._base.load_device

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +29,8 @@ from rayltx.devices import is_out_of_memory
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
 from rayltx.sequence_parallel.group import SequenceParallelGroup
+
+logger = logging.getLogger(__name__)
 
 _BLOCKS = 2  # at least: the second sees what the first made of every stream
 _KINDS = 4  # of blocks at most
@@ -51,12 +56,9 @@ def differences_by_case(
         for case in cases_for(short):
             if case.name not in _CASES:
                 continue
-            whole = call_in_dtype(short, case, dtype, device)
-            for seed in range(_NOISE_SAMPLES):
-                with rounded_otherwise(short, seed):
-                    noise.append(_worst_error(call_in_dtype(short, case, dtype, device), whole))
-            with sharded(short, group):
-                errors[case.name] = _worst_error(call_in_dtype(short, case, dtype, device), whole)
+            call = functools.partial(call_in_dtype, short, case, dtype, device)
+            errors[case.name], moved = _error_and_noise(call, call(), short, functools.partial(sharded, short, group))
+            noise.append(moved)
     # One bound for all: quantised layers jump from one value to the next, in one sample and not in another.
     return {name: Difference(error, max(noise)) for name, error in errors.items()}
 
@@ -74,25 +76,38 @@ def difference(
     Returns what the model said instead, if it cannot be called outside of it. Raises what it raises within, and out of memory.
     Collective: the ranks of the group agree on whether to go on.
     """
-    refused, whole = "", []
+    refused = ""
+    whole: list[Tensor] = []
     try:
         renew()
         whole = call()
     except Exception as error:  # whatever a patch says to inputs that it is not for
         if is_out_of_memory(error):
             raise
+        logger.info("a patched model does not take inputs of its trial: %s", traceback.format_exc())
         refused = f"{type(error).__name__}: {error}"
     if _any_rank(bool(refused), group, whole[0].device if whole else torch.device("cpu")):
         return refused or "another rank refused the inputs"
-    noise = [TOLERANCE]
+    within, noise = _error_and_noise(call, whole, model, scope, renew)
+    return Difference(within, max(TOLERANCE, noise))
+
+
+def _error_and_noise(
+    call: Callable[[], list[Tensor]],
+    whole: list[Tensor],
+    model: DiffusionModel,
+    scope: Callable[[], Any],
+    renew: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """(how far a call is within the scope from the whole answer, how far rounding takes it). The rest as in `difference`."""
+    noise = 0.0
     for seed in range(_NOISE_SAMPLES):
         renew()
         with rounded_otherwise(model, seed):
-            noise.append(_worst_error(call(), whole))
+            noise = max(noise, _worst_error(call(), whole))
     renew()
     with scope():
-        within = call()
-    return Difference(_worst_error(within, whole), max(noise))
+        return _worst_error(call(), whole), noise
 
 
 def _any_rank(flag: bool, group: SequenceParallelGroup, device: torch.device) -> bool:

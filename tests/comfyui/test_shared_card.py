@@ -12,7 +12,6 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 
 pytestmark = pytest.mark.comfyui
 VERSION = "LTX-Video"
-GIB = 2**30
 
 
 @pytest.fixture

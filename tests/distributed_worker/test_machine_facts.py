@@ -40,7 +40,7 @@ def cards(monkeypatch):
     monkeypatch.setattr(DeviceKind, "count", lambda kind: 2)
     monkeypatch.setattr(DeviceKind, "names", lambda kind: ("RTX 4090", "RTX 4090"))
     monkeypatch.setattr(DeviceKind, "description", lambda kind: "RTX 4090, nccl (2, 27, 3)")
-    monkeypatch.setattr(DeviceKind, "memories", lambda kind: [("RTX 4090", 24 * GIB)] * 2)
+    monkeypatch.setattr(DeviceKind, "total_bytes", lambda kind, index=0: 24 * GIB)
     monkeypatch.setattr(DeviceKind, "free_bytes", lambda kind, index=0: (20, 4)[index] * GIB)
     monkeypatch.setattr(DeviceKind, "reaches", lambda kind, one, other: False)
     monkeypatch.setattr("torch.distributed.is_backend_available", lambda backend: True)
