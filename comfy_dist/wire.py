@@ -5,7 +5,9 @@ Each field says who reads it. Tensors may be anywhere in them; they arrive on th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rayltx.comfy_dist.comfy_types import KeyPatches, Options
 from rayltx.comfy_dist.self_test import Case
@@ -50,6 +52,7 @@ class TextInputs:
     args: tuple[object, ...]
     kwargs: dict[str, object]
     load: LoadInputs
+    attention: Callable[..., Any] | None  # read by `ComfyModel`: what is in the place of ComfyUI's choice of attention
 
 
 @dataclass(frozen=True)

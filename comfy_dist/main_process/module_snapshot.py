@@ -2,7 +2,8 @@
 
 ComfyUI's way to patch a module is an object patch, which is forwarded. Some nodes set attributes of modules, exchange their
 classes, take blocks out or put other weights in instead: on a model without weights that would change nothing, without a word.
-What is written into a weight is not seen: within ComfyUI's inference mode torch keeps no count of it.
+A method that was set on a module is what an object patch is. What is written into a weight is not seen: within ComfyUI's
+inference mode torch keeps no count of it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from rayltx.errors import UnsupportedError
-
 _PLAIN = (bool, int, float, str, type(None))
+_CALLS_THE_WORKERS = "_forward"  # of the model itself
+_RUNS_HERE = "forward"  # of the model itself: it calls the one above
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class _ModuleState:
         parts |= {name: id(parameter) for name, parameter in module.named_parameters(recurse=False)}
         return cls(
             type(module),
-            {name: id(value) for name, value in attributes.items() if callable(value) and not isinstance(value, type)},
+            {name: id(value) for name, value in _methods_of(module).items()},
             {name: value for name, value in attributes.items() if isinstance(value, _PLAIN)},
             {name: tuple(table) for name, table in tables.items() if table},
             parts,
@@ -46,13 +47,17 @@ class _ModuleState:
         if now.kind is not self.kind:
             yield f"its class is {now.kind.__qualname__} in place of {self.kind.__qualname__}"
         for word, before, after in (
-            ("the method", self.methods, now.methods),
             ("the setting", self.settings, now.settings),
             ("hooks in", self.hooks, now.hooks),
             ("the part", self.parts, now.parts),
         ):
             for name in [name for name in {**before, **after} if before.get(name, self) != after.get(name, self)]:
                 yield f"{word} {name}"
+
+
+def _methods_of(module: nn.Module) -> dict[str, object]:
+    """What can be called among an instance's own attributes."""
+    return {name: value for name, value in vars(module).items() if callable(value) and not isinstance(value, type)}
 
 
 class ModuleSnapshot:
@@ -69,15 +74,18 @@ class ModuleSnapshot:
         for name, before in self._modules.items():
             if name in now:
                 found += [f"{name or 'the model'}: {what}" for what in before.differences(now[name])]
+                gone = before.methods.keys() - now[name].methods.keys()
+                found += [f"{name or 'the model'}: the method {method} is gone" for method in sorted(gone)]
+        if _CALLS_THE_WORKERS in now[""].methods:
+            found.append(f"the model: the method {_CALLS_THE_WORKERS}")
         return found
 
-    def check(self, model: nn.Module) -> None:
-        """Raises UnsupportedError that names what was changed."""
-        found = self.changes(model)
-        if found:
-            more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
-            raise UnsupportedError(
-                f"a node has changed this MODEL in place, which the workers do not see: {'; '.join(found[:4])}{more}. Patches as "
-                "ComfyUI has them (add_object_patch, LoRAs, hooks) are forwarded; remove the node that does otherwise and load "
-                "the model again, or use ComfyUI's own loader for this graph"
-            )
+    def set_methods(self, model: nn.Module) -> dict[str, object]:
+        """What was set in place of modules' methods, by module and method: `a.b.forward`."""
+        found = {}
+        for name, module in model.named_modules():
+            before = self._modules[name].methods if name in self._modules else {}
+            for method, value in _methods_of(module).items():
+                if id(value) != before.get(method) and (name or method != _RUNS_HERE):
+                    found[f"{name}.{method}".removeprefix(".")] = value
+        return found

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from rayltx.comfy_dist.comfy_types import Options
 from rayltx.comfy_dist.main_process.forwarding import MODEL_PREFIX, OPTION_PATCHES
+from rayltx.comfy_dist.model_spec import TEXT_MODULES
 from rayltx.comfy_dist.self_test import Case
 from rayltx.comfy_dist.wire import Difference, PatchState
 from rayltx.diffusion_models.lightricks.roles import AttentionRole
@@ -34,7 +35,7 @@ Try = Callable[["Case | None", tuple[str, ...]], "Difference | str"]
 
 def names_of_patches(state: PatchState, options: Options) -> list[str]:
     """What a MODEL has besides patches of weights, for messages; [] for nothing that has to be proved."""
-    names = [name for name in state.object_patches if name.startswith(MODEL_PREFIX)]
+    names = [name for name in state.object_patches if _is_in_forward(name)]
     names += [f"injection {name}" for name in state.injections]
     names += [f"weight wrapper of {name}" for name in state.weight_wrapper_patches]
     for kind in OPTION_PATCHES:
@@ -46,11 +47,16 @@ def names_of_patches(state: PatchState, options: Options) -> list[str]:
     return names
 
 
+def _is_in_forward(object_patch: str) -> bool:
+    """Whether it is on what sees video tokens: modules that prepare text do not."""
+    return object_patch.startswith(MODEL_PREFIX) and object_patch.split(".")[1] not in TEXT_MODULES
+
+
 def modules_to_show_all(state: PatchState) -> tuple[str, ...]:
     """The modules, by name, that object patches sit on; () if one sits where tokens cannot be gathered around it."""
     modules = set()
     for name in state.object_patches:
-        if not name.startswith(MODEL_PREFIX):
+        if not _is_in_forward(name):
             continue
         module = name.removeprefix(MODEL_PREFIX).removesuffix(".forward")
         if not module.startswith("transformer_blocks.") or module.rpartition(".")[2] not in _CAN_BE_SHOWN_ALL:

@@ -17,6 +17,7 @@ from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
 from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, Model, Options
 from rayltx.comfy_dist.containers import to_device
 from rayltx.comfy_dist.main_process.attention_names import warn_if_ring_replaces
+from rayltx.comfy_dist.main_process.code_changes import changed_attention
 from rayltx.comfy_dist.main_process.detection import Detected
 from rayltx.comfy_dist.main_process.device_memory import DeviceMemory
 from rayltx.comfy_dist.main_process.forwarding import (
@@ -28,11 +29,11 @@ from rayltx.comfy_dist.main_process.forwarding import (
     register_unimportable_modules,
     remote_options,
 )
+from rayltx.comfy_dist.main_process.in_place_changes import InPlaceChanges
 from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text_to_connect, estimated_shape
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
 from rayltx.comfy_dist.main_process.memory_estimate import Replicated
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving
-from rayltx.comfy_dist.main_process.module_snapshot import ModuleSnapshot
 from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.self_test_record import prove_seam
@@ -49,6 +50,7 @@ from rayltx.comfy_dist.wire import (
     StepInputs,
     TextInputs,
 )
+from rayltx.diffusion_models.lightricks.comfyui_host import OVERRIDE
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
@@ -76,7 +78,7 @@ class WorkerLink:
         self._sent_patches: PatchState | None = None
         self._patches_digest = b""
         self._proofs = PatchProofs()
-        self._as_loaded: ModuleSnapshot | None = None
+        self._in_place: InPlaceChanges | None = None
         self._sent_options: tuple[str, Message, bytes] | None = None  # their key, themselves, and their digest
         self.hooks = SentHooks(remote)
         self.memory = DeviceMemory(self)
@@ -89,20 +91,21 @@ class WorkerLink:
 
     def keep_snapshot(self) -> None:
         """The model of this process is whole now: what is changed in place from here on is seen."""
-        self._as_loaded = ModuleSnapshot(self.base_model.diffusion_model)
+        self._in_place = InPlaceChanges(self.base_model.diffusion_model)
 
     # ---- patches
 
     def sync(self, patcher: Model) -> None:
         """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name."""
-        if self._as_loaded is not None:
-            self._as_loaded.check(self.base_model.diffusion_model)
+        in_place: dict[str, object] = {}
+        if self._in_place is not None:
+            in_place = self._in_place.object_patches(self.base_model.diffusion_model)
         self.move(patcher.placement)
-        self._send_patches(patcher)
+        state = patch_state_of(patcher)
+        self._send_patches(dataclasses.replace(state, object_patches={**in_place, **state.object_patches}))
         self.memory.put_on_devices()
 
-    def _send_patches(self, patcher: Model) -> None:
-        state = patch_state_of(patcher)
+    def _send_patches(self, state: PatchState) -> None:
         register_unimportable_modules()
         if self._sent_patches is None or not is_same_state(state, self._sent_patches):
             self._sent_patches = None
@@ -163,6 +166,8 @@ class WorkerLink:
         patcher = self.base_model.current_patcher
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         kept = remote_options(options)
+        if self._in_place is not None and (override := self._in_place.attention_override()) is not None:
+            kept[OVERRIDE] = override  # whatever else overrides it is not asked then
         inputs = StepInputs(
             arguments=arguments,
             changing_options={name: value for name, value in options.items() if name in CHANGING},
@@ -219,7 +224,8 @@ class WorkerLink:
         check_text_to_connect(self.base_model.diffusion_model, self.spec.model_version, context)
 
         def connect(saving: MemorySaving | None) -> Tensor:
-            call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, self.memory.load_inputs(saving)))
+            load = self.memory.load_inputs(saving)
+            call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, load, changed_attention()))
             return self.remote.call(call, "the text connector", ranks=[0])[0]
 
         return self.memory.text_on_one(connect).to(context.device)
@@ -229,7 +235,8 @@ class WorkerLink:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
         def run(saving: MemorySaving | None) -> object:
-            call = ask(ComfyHost.run_module, ModuleInputs(args, kwargs, self.memory.load_inputs(saving), name))
+            load = self.memory.load_inputs(saving)
+            call = ask(ComfyHost.run_module, ModuleInputs(args, kwargs, load, changed_attention(), name))
             return self.remote.call(call, name, ranks=[0])[0]
 
         out = self.memory.text_on_one(run)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import comfy.ldm.modules.attention as attention_module
 import comfy.model_management as management
 import torch
 from torch import Tensor
@@ -30,11 +32,20 @@ from rayltx.comfy_dist.wire import (
 from rayltx.comfy_dist.worker_process.kernel_test import call_in_dtype, difference, differences_by_case
 from rayltx.comfy_dist.worker_process.model_on_shared_weights import build_on
 from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
-from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+from rayltx.diffusion_models.lightricks.comfyui_host import replaced, sharded
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.messages import Message, unpack
 from rayltx.sequence_parallel.group import SequenceParallelGroup
+
+
+@contextlib.contextmanager
+def _attending_by(function: Callable[..., Any] | None) -> Iterator[None]:
+    """Put a function in the place of ComfyUI's choice of attention, within the `with`, as another pack has in its process."""
+    with contextlib.ExitStack() as scope:
+        for name in ("optimized_attention", "optimized_attention_masked") if function is not None else ():
+            scope.enter_context(replaced(attention_module, name, function))
+        yield
 
 
 class ComfyModel(ComfyHost):
@@ -162,7 +173,8 @@ class ComfyModel(ComfyHost):
         with torch.inference_mode():
             self._put_on_device(inputs.load)
             args, kwargs = to_device((inputs.args, inputs.kwargs), self._patcher.load_device)
-            return to_device(function(*args, **kwargs), torch.device("cpu"))
+            with _attending_by(inputs.attention):
+                return to_device(function(*args, **kwargs), torch.device("cpu"))
 
     def self_test(self, group: SequenceParallelGroup) -> dict[str, float | str]:
         device = self._base.load_device

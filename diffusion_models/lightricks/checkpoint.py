@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from rayltx.diffusion_models.lightricks.safetensors_files import SAFETENSORS_DTYPES, open_safetensors
 from rayltx.errors import CheckpointError
 
 OFFICIAL_PREFIX = "model.diffusion_model."
@@ -33,14 +34,6 @@ LTX_MARKS = (
 _AUDIO_MARK = "audio_adaln_single.linear.weight"
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
-
-# As safetensors spells them, and the way back.
-SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ class Checkpoint:
     @contextmanager
     def open(self) -> Iterator[CheckpointReader]:
         """Read tensors: `with checkpoint.open() as reader: reader.read(name)`."""
-        with safe_open(self.path, framework="pt") as file:
+        with open_safetensors(self.path) as file:
             yield CheckpointReader(self, file)
 
 
@@ -132,7 +125,7 @@ class CheckpointReader:
 
         dtype: what to convert it to; None leaves it as it is stored.
         """
-        tensor = self._file.get_tensor(self._prefix + name)
+        tensor = self._file.read(self._prefix + name)
         return tensor if dtype is None else tensor.to(dtype)
 
 
@@ -149,10 +142,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{path}: a pickle can run code when it is opened, so it is refused; use a .safetensors file of the model"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: (slice_.get_dtype(), tuple(slice_.get_shape())) for name, slice_ in slices.items()}
+        with open_safetensors(path) as file:
+            metadata, found = dict(file.metadata()), file.described()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it again") from error
     prefix = transformer_prefix(path, found)

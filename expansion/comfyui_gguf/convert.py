@@ -21,14 +21,14 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from rayltx.diffusion_models.lightricks.checkpoint import (
+from rayltx.diffusion_models.lightricks.checkpoint import find_prefix, transformer_prefix
+from rayltx.diffusion_models.lightricks.safetensors_files import (
     SAFETENSORS_DTYPES,
     SAFETENSORS_NAMES,
-    find_prefix,
-    transformer_prefix,
+    open_safetensors,
 )
 from rayltx.errors import CheckpointError, InputError, UnsupportedError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
@@ -125,21 +125,22 @@ def _to_gguf(source: Path, target: Path, type: GGMLQuantizationType | None, prog
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file")
     try:
-        with safe_open(source, framework="pt") as file:
-            names = list(file.keys())
+        with open_safetensors(source) as file:
+            described = file.described()
+            names = list(described)
             prefix = transformer_prefix(source, names)
             _say_what_is_left_out(source, names, prefix)
             plans = [
-                _plan(source, name.removeprefix(prefix), file.get_slice(name), type)
+                _plan(source, name.removeprefix(prefix), *described[name], type)
                 for name in names
                 if name.startswith(prefix)
             ]
             with appearing_whole(target) as temporary:
-                writer = _start_writer(temporary, file.metadata() or {}, plans)
+                writer = _start_writer(temporary, file.metadata(), plans)
                 try:
                     for number, plan in enumerate(plans):
                         _report(progress, number, len(plans), plan.name)
-                        writer.write_tensor_data(_encode(file.get_tensor(prefix + plan.name), plan))
+                        writer.write_tensor_data(_encode(file.read(prefix + plan.name), plan))
                 finally:
                     writer.close()
                 open_gguf(temporary)
@@ -157,11 +158,10 @@ def _say_what_is_left_out(source: Path, names: list[str], prefix: str) -> None:
         )  # fmt: skip
 
 
-def _plan(source: Path, name: str, slice_: Any, type: GGMLQuantizationType | None) -> _Plan:
+def _plan(source: Path, name: str, dtype: str, shape: tuple[int, ...], type: GGMLQuantizationType | None) -> _Plan:
     if any(mark in name for mark in _SCALED_FP8_MARKS):
         raise UnsupportedError(f"{source}: tensor {name}: scaled 8-bit weights; convert the bfloat16 file of the model")
-    shape = tuple(slice_.get_shape())
-    kept = _kept_type(source, name, slice_.get_dtype())
+    kept = _kept_type(source, name, dtype)
     is_float = kept.name.startswith(("F", "BF"))
     # Only of layers: a bare parameter, such as a scale_shift_table, is used without a layer that would dequantise it.
     is_layer = name.endswith(".weight") and "norm" not in name
@@ -179,8 +179,8 @@ def _plan(source: Path, name: str, slice_: Any, type: GGMLQuantizationType | Non
 
 
 def _kept_type(source: Path, name: str, dtype: str) -> GGMLQuantizationType:
-    if dtype.startswith("F8_E"):
-        return GGMLQuantizationType.F16  # holds every value of both 8-bit floats
+    if dtype in ("F8_E4M3", "F8_E5M2"):
+        return GGMLQuantizationType.F16  # holds every value of both
     known = SAFETENSORS_DTYPES.get(dtype)
     if known not in _PLAIN_TYPES:
         raise UnsupportedError(

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from rayltx.diffusion_models.lightricks.checkpoint import PREFIXES, open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
+from rayltx.diffusion_models.lightricks.safetensors_files import SAFETENSORS_DTYPES
 from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.errors import CheckpointError, UnsupportedError
@@ -79,6 +80,55 @@ def test_a_cut_file(saved, tmp_path, keep):
     path.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("tail", [b"\0", b"more bytes behind the last tensor"])
+def test_bytes_behind_a_whole_file_are_left_alone(saved, tmp_path, tail):
+    path = saved()
+    longer = tmp_path / "longer.safetensors"
+    longer.write_bytes(path.read_bytes() + tail)
+    whole, found = open_checkpoint(path), open_checkpoint(longer)
+    assert (found.prefix, dict(found.tensors), found.metadata) == (whole.prefix, dict(whole.tensors), whole.metadata)
+    with whole.open() as expected, found.open() as reader:
+        for name in whole.tensors:
+            assert torch.equal(reader.read(name), expected.read(name))
+        reader.read("proj_out.bias").zero_()  # a mapping of one's own
+    with open_checkpoint(longer).open() as reader:
+        assert reader.read("proj_out.bias").any()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_offsets": [4, 8]},  # a hole in front of it
+        {"data_offsets": [0, 4_000_000]},
+        {"data_offsets": [0, -4]},
+        {"shape": [2]},
+        {"shape": ["1"]},
+        {"dtype": "F33"},
+        {"data_offsets": None},
+    ],
+)
+def test_bytes_behind_a_damaged_header(tmp_path, entry):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **entry}}).encode()
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4) + b"tail")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["F8_E8M0", "F8_E4M3", "F8_E5M2"])
+def test_eight_bit_dtypes_are_read_as_they_are(tmp_path, name):
+    dtype = SAFETENSORS_DTYPES[name]
+    path = tmp_path / "model.safetensors"
+    save_tiny_checkpoint(path, "LTX-2")
+    tensors = {**load_file(path), "model.diffusion_model.scale": torch.arange(1, 5, dtype=torch.float32).to(dtype)}
+    save_file(tensors, path)
+    checkpoint = open_checkpoint(path)
+    with checkpoint.open() as reader:
+        assert torch.equal(
+            reader.read("scale").view(torch.uint8), tensors["model.diffusion_model.scale"].view(torch.uint8)
+        )
 
 
 def test_an_empty_file(tmp_path):

@@ -1,0 +1,238 @@
+"""What nodes and other packs change in place, on a MODEL or in ComfyUI's code: forwarded exactly, or refused by name."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from unittest import mock
+
+import comfy_scenarios as scenarios
+import pytest
+import torch
+from comfy_models import CONFIGS, slow
+
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
+from rayltx.errors import UnsupportedError
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+pytestmark = pytest.mark.comfyui
+TOLERANCE = 2e-5  # of a sampling with patches
+DEGREES = [(2, 1), *slow((1, 2), (3, 1))]
+
+
+def lightricks(name="model"):
+    return importlib.import_module(f"comfy.ldm.lightricks.{name}")
+
+
+def sample(model, version):
+    with torch.inference_mode():
+        return scenarios.tensors_of(scenarios.euler(model, version, CONFIGS[version]))
+
+
+# ---- as packs do it when they are imported
+
+
+def block_class(version):
+    return (
+        lightricks().BasicTransformerBlock if version == "LTX-Video" else lightricks("av_model").BasicAVTransformerBlock
+    )
+
+
+def blocks_of_a_class(version):
+    kind = block_class(version)
+    original = kind.forward
+
+    def forward(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        return (out[0] * 1.1, *out[1:]) if isinstance(out, tuple) else out * 1.1
+
+    return mock.patch.object(kind, "forward", forward)
+
+
+def text_attention_of_a_class(version):
+    """Which looks at all queries."""
+    kind = lightricks().CrossAttention
+    original = kind.forward
+
+    def forward(self, x, context=None, *args, **kwargs):
+        out = original(self, x, context, *args, **kwargs)
+        return out if context is None else out / out.std(dim=1, keepdim=True)
+
+    return mock.patch.object(kind, "forward", forward)
+
+
+def attention_of_everything(version):
+    from comfy.ldm.modules import attention
+
+    original = attention.attention_pytorch
+
+    def sharper(q, k, v, heads, *args, **kwargs):
+        return original(q * 1.5, k, v, heads, *args, **kwargs)
+
+    return mock.patch.multiple(attention, optimized_attention=sharper, optimized_attention_masked=sharper)
+
+
+def another_of_comfyuis_attentions(version):
+    from comfy.ldm.modules import attention
+
+    return mock.patch.object(attention, "optimized_attention", attention.attention_split)
+
+
+@pytest.mark.parametrize("degrees", DEGREES)
+@pytest.mark.parametrize(
+    "change", [blocks_of_a_class, text_attention_of_a_class, attention_of_everything, another_of_comfyuis_attentions]
+)
+@pytest.mark.parametrize("version", ["LTX-Video", "LTX-2.3", *slow("LTX-2", "LTX-2.5")])
+def test_what_packs_exchange_in_comfyuis_code_reaches_the_workers(models, caplog, version, change, degrees):
+    whole, twin = models(version)[:2]
+    twin = twin.with_config(ParallelConfig(*degrees))
+    plain = sample(whole, version)
+    with change(version), caplog.at_level(logging.INFO, "rayltx"):
+        out, expected = sample(twin, version), sample(whole, version)
+    for mine, reference in zip(out, expected):
+        assert relative_error(mine, reference) <= TOLERANCE
+    if change is not another_of_comfyuis_attentions:
+        assert relative_error(expected[0], plain[0]) > 1e-3, "the change does nothing"
+    if change is blocks_of_a_class:  # the first of this MODEL
+        assert "changed in place by another pack, and forwarded: transformer_blocks.0.forward" in caplog.text
+    for mine, reference in zip(sample(twin, version), plain):
+        assert relative_error(mine, reference) <= scenarios.SAMPLING_TOLERANCE, "it stayed"
+
+
+def test_text_is_prepared_by_what_packs_exchanged(models):
+    models_of_both = [model.model.diffusion_model for model in models("LTX-2")[:2]]
+    context = torch.randn(1, 9, CONFIGS["LTX-2"]["caption_channels"])
+    with torch.inference_mode():
+        plain = models_of_both[0].preprocess_text_embeds(context)
+        with attention_of_everything("LTX-2"):
+            expected, out = (model.preprocess_text_embeds(context) for model in models_of_both)
+    assert relative_error(expected, plain) > 1e-3, "the change does nothing"
+    assert relative_error(out, expected) <= TOLERANCE
+
+
+def functions(version):
+    return mock.patch.object(lightricks(), "apply_rotary_emb", lambda x, *args: x)
+
+
+def classes(version):
+    return mock.patch.object(
+        lightricks(), "FeedForward", type("Other", (torch.nn.Module,), {"__module__": "other_pack"})
+    )
+
+
+def constructors(version):
+    return mock.patch.object(lightricks().FeedForward, "__init__", lambda self, *args, **kwargs: None)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (functions, "comfy.ldm.lightricks.model.apply_rotary_emb"),
+        (classes, "comfy.ldm.lightricks.model.FeedForward, which is other_pack.Other"),
+        (constructors, "comfy.ldm.lightricks.model.FeedForward.__init__"),
+    ],
+)
+def test_other_changes_of_comfyuis_code_are_refused_by_name(models, change, words):
+    twin = models("LTX-Video")[1]
+    with change("LTX-Video"), pytest.raises(UnsupportedError) as error:
+        sample(twin, "LTX-Video")
+    assert words in str(error.value)
+    sample(twin, "LTX-Video")
+
+
+@pytest.mark.parametrize("version", list(CONFIGS))
+def test_an_untouched_comfyui_is_not_taken_for_changed(models, version):
+    from rayltx.comfy_dist.main_process import code_changes
+
+    assert code_changes.unforwardable_changes() == []
+    assert code_changes.changed_attention() is None
+    assert code_changes.changed_methods(models(version)[1].model.diffusion_model) == {}
+
+
+# ---- as nodes do it with a MODEL
+
+
+@pytest.mark.parametrize("version", ["LTX-Video", *slow("LTX-2.3")])
+def test_a_method_that_was_set_on_a_block_reaches_the_workers(models, version):
+    whole, twin = models(version)[:2]
+    blocks = [model.model.diffusion_model.transformer_blocks[0] for model in (whole, twin)]
+
+    def scaled(original):
+        def forward(*args, **kwargs):
+            out = original(*args, **kwargs)
+            return (out[0] * 0.8, *out[1:]) if isinstance(out, tuple) else out * 0.8
+
+        return forward
+
+    plain = sample(whole, version)
+    for block in blocks:
+        block.forward = scaled(block.forward)
+    try:
+        out, expected = sample(twin, version), sample(whole, version)
+    finally:
+        for block in blocks:
+            del block.forward
+    assert relative_error(expected[0], plain[0]) > 1e-3, "the change does nothing"
+    for mine, reference in zip(out, expected):
+        assert relative_error(mine, reference) <= TOLERANCE
+    for mine, reference in zip(sample(twin, version), plain):
+        assert relative_error(mine, reference) <= scenarios.SAMPLING_TOLERANCE, "it stayed"
+
+
+def exchange_class(block):
+    before = type(block)
+    block.__class__ = type("Other", (before,), {})
+    return lambda: setattr(block, "__class__", before)
+
+
+def add_hook(block):
+    return block.attn1.register_forward_hook(lambda *_: None).remove
+
+
+def change_setting(block):
+    block.attn1.heads += 1
+    return lambda: setattr(block.attn1, "heads", block.attn1.heads - 1)
+
+
+def replace_parameter(block):
+    before = block.attn1.to_q.weight
+    block.attn1.to_q.weight = torch.nn.Parameter(torch.empty_like(before), requires_grad=False)
+    return lambda: setattr(block.attn1.to_q, "weight", before)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (exchange_class, "transformer_blocks.1: its class is Other in place of BasicTransformerBlock"),
+        (add_hook, "transformer_blocks.1.attn1: hooks in _forward_hooks"),
+        (change_setting, "transformer_blocks.1.attn1: the setting heads"),
+        (replace_parameter, "transformer_blocks.1.attn1.to_q: the part weight"),
+    ],
+)
+def test_changes_in_place_are_refused_by_name(models, change, words):
+    """They would reach no worker, and the picture would be the unpatched one."""
+    from rayltx.errors import UnsupportedError
+
+    _, twin, _ = models("LTX-Video")
+    undo = change(twin.model.diffusion_model.transformer_blocks[1])
+    try:
+        with torch.inference_mode(), pytest.raises(UnsupportedError) as error:
+            scenarios.euler(twin, "LTX-Video", CONFIGS["LTX-Video"])
+        assert words in str(error.value) and "load the model again" in str(error.value)
+    finally:
+        undo()
+    with torch.inference_mode():
+        scenarios.euler(twin, "LTX-Video", CONFIGS["LTX-Video"])
+
+
+def test_a_block_that_was_taken_out_is_seen(models):
+    from rayltx.comfy_dist.main_process.module_snapshot import ModuleSnapshot
+
+    model = models("LTX-Video")[0].model.diffusion_model
+    snapshot = ModuleSnapshot(model)
+    assert snapshot.changes(model) == []
+    block = model.transformer_blocks[1]
+    del model.transformer_blocks[1]
+    assert "transformer_blocks.1 is gone" in snapshot.changes(model)
+    model.transformer_blocks.append(block)
+    assert snapshot.changes(model) == []
