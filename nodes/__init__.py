@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rayltx.nodes.guiders import RayBasicGuider, RayCFGGuider, RayDualCFGGuider
 from rayltx.nodes.initializers import RayInitializer, RayInitializerAdvanced, RayKill
-from rayltx.nodes.loaders import RayGGUFLoader, RayLoraLoader, RayUNETLoader
+from rayltx.nodes.loaders import RayCheckpointLoader, RayGGUFLoader, RayLoraLoader, RayUNETLoader
 from rayltx.nodes.model_patches import (
     LTXChunkedFeedForward,
     RayModelSamplingLTXV,
@@ -26,6 +26,7 @@ _NODES = {
     RayInitializer: "Ray Init Actor",
     RayInitializerAdvanced: "Ray Init Actor (Advanced)",
     RayUNETLoader: "Load Diffusion Model (Ray)",
+    RayCheckpointLoader: "Load Checkpoint (Ray)",
     RayGGUFLoader: "Load Diffusion GGUF Model (Ray)",
     RayLoraLoader: "Load Lora Model (Ray)",
     XFuserKSampler: "XFuser KSampler",

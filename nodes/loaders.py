@@ -22,6 +22,10 @@ _MAX_VRAM: Definition = (
         "many as fit next to the video.",
     },
 )  # fmt: skip
+_WEIGHT_DTYPE: Definition = (
+    list(WEIGHT_DTYPES),
+    {"default": "default", "tooltip": "The dtype of the weights in memory. default: as ComfyUI chooses."},
+)
 _ACTOR_NAMES = ("ray_actors", "model")
 _ACTOR_TOOLTIPS = ("For the XFuser samplers and Ray nodes.", "For every node of ComfyUI that takes a MODEL.")
 
@@ -74,13 +78,7 @@ class RayUNETLoader:
                     _names(_UNET_FOLDERS),
                     {"tooltip": "An LTX model, from models/diffusion_models or models/checkpoints."},
                 ),
-                "weight_dtype": (
-                    list(WEIGHT_DTYPES),
-                    {
-                        "default": "default",
-                        "tooltip": "The dtype of the weights in memory. default: as ComfyUI chooses.",
-                    },
-                ),
+                "weight_dtype": _WEIGHT_DTYPE,
                 "ray_actors_init": _INIT,
             },
             "optional": {"lora": _LORA, "max_vram_gb": _MAX_VRAM},
@@ -95,6 +93,56 @@ class RayUNETLoader:
         path = _path(unet_name, _UNET_FOLDERS)
         actors = load_actors(path, ray_actors_init, lora, max_vram_gb, kept_by(self), weight_dtype=weight_dtype)
         return actors, actors.model
+
+
+class RayCheckpointLoader:
+    """A checkpoint that holds the VAE, and maybe the text encoder, next to the model."""
+
+    CATEGORY = CATEGORY
+    # The first three as ComfyUI's Load Checkpoint has them, whose place it takes.
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE", "RAY_ACTORS")
+    RETURN_NAMES = ("model", "clip", "vae", "ray_actors")
+    OUTPUT_TOOLTIPS = (
+        _ACTOR_TOOLTIPS[1],
+        "The text encoder of the file, in ComfyUI's own process; none where the file has none.",
+        "The VAE of the file, in ComfyUI's own process.",
+        _ACTOR_TOOLTIPS[0],
+    )
+    FUNCTION = "load_ray_checkpoint"
+    DESCRIPTION = (
+        "Takes the place of Load Checkpoint: the LTX model of the file goes onto the workers, its VAE and text encoder are "
+        "ComfyUI's own."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:  # noqa: N802
+        return {
+            "required": {
+                "ckpt_name": (
+                    _names(("checkpoints",)),
+                    {"tooltip": "A checkpoint of an LTX model, from models/checkpoints."},
+                ),
+                "ray_actors_init": _INIT,
+            },
+            "optional": {"weight_dtype": _WEIGHT_DTYPE, "lora": _LORA, "max_vram_gb": _MAX_VRAM},
+        }
+
+    def load_ray_checkpoint(
+        self,
+        ckpt_name: str,
+        ray_actors_init: Any,
+        weight_dtype: str = "default",
+        lora: Any = (),
+        max_vram_gb: float = 0.0,
+    ) -> tuple[Any, ...]:
+        require_packages()
+        from rayltx.comfy_dist.main_process.checkpoint_parts import CheckpointParts
+        from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
+
+        path = _path(ckpt_name, ("checkpoints",))
+        actors = load_actors(path, ray_actors_init, lora, max_vram_gb, kept_by(self), weight_dtype=weight_dtype)
+        self._parts = CheckpointParts.of(path, self.__dict__.get("_parts"))
+        return actors.model, self._parts.clip, self._parts.vae, actors
 
 
 class RayGGUFLoader:

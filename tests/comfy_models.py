@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from rayltx.comfy_dist.tiny_checkpoints import model_class, save_tiny_checkpoint  # noqa: F401
 from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
+from rayltx.diffusion_models.lightricks.random_weights import randomise
 from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS as CONFIGS  # noqa: F401
 
 
@@ -20,6 +22,36 @@ def slow(*values):
 
 # The one that has most of what the others have each time; those with `-m slow`.
 VERSIONS = ["LTX-2.3", *slow("LTX-Video", "LTX-2", "LTX-2.5")]
+
+
+# A VAE of LTX's kind, with few channels: 8 x 32 x 32 pixels a latent, as all of them.
+_RES = ["res_x", {"num_layers": 1, "inject_noise": False}]
+_UP = ["compress_all", {"residual": True, "multiplier": 2}]
+VAE_CONFIG = {
+    "_class_name": "CausalVideoAutoencoder", "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128,
+    "encoder_base_channels": 8, "decoder_base_channels": 8, "patch_size": 4, "norm_layer": "pixel_norm",
+    "encoder_blocks": [*[["compress_all", {}]] * 3, _RES], "decoder_blocks": [_RES, _UP, _UP, _UP, _RES],
+    "scaling_factor": 1.0, "latent_log_var": "uniform", "use_quant_conv": False, "causal_decoder": False,
+    "timestep_conditioning": False,
+}  # fmt: skip
+
+
+def save_tiny_bundle(path: Path, version: str) -> None:
+    """A checkpoint in one file, as Load Checkpoint takes it: the transformer, and the VAE next to it."""
+    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    save_tiny_checkpoint(path, version)
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    model = VideoVAE(config=VAE_CONFIG)
+    randomise(model, 0)
+    vae = model.state_dict()
+    vae["per_channel_statistics.std-of-means"] = torch.ones(128)
+    vae["per_channel_statistics.mean-of-means"] = torch.zeros(128)
+    tensors = {**load_file(path), **{f"vae.{name}": tensor.contiguous() for name, tensor in vae.items()}}
+    save_file(tensors, path, metadata={"config": json.dumps({**config, "vae": VAE_CONFIG})})
 
 
 def set_up_comfyui(path: str) -> None:

@@ -83,20 +83,33 @@ def another_of_comfyuis_attentions(version):
     "change", [blocks_of_a_class, text_attention_of_a_class, attention_of_everything, another_of_comfyuis_attentions]
 )
 @pytest.mark.parametrize("version", ["LTX-Video", "LTX-2.3", *slow("LTX-2", "LTX-2.5")])
-def test_what_packs_exchange_in_comfyuis_code_reaches_the_workers(models, caplog, version, change, degrees):
+def test_what_packs_exchange_in_comfyuis_code_reaches_the_workers(models, version, change, degrees):
     whole, twin = models(version)[:2]
     twin = twin.with_config(ParallelConfig(*degrees))
     plain = sample(whole, version)
-    with change(version), caplog.at_level(logging.INFO, "rayltx"):
+    with change(version):
         out, expected = sample(twin, version), sample(whole, version)
     for mine, reference in zip(out, expected):
         assert relative_error(mine, reference) <= TOLERANCE
     if change is not another_of_comfyuis_attentions:
         assert relative_error(expected[0], plain[0]) > 1e-3, "the change does nothing"
-    if change is blocks_of_a_class:  # the first of this MODEL
-        assert "changed in place by another pack, and forwarded: transformer_blocks.0.forward" in caplog.text
     for mine, reference in zip(sample(twin, version), plain):
         assert relative_error(mine, reference) <= scenarios.SAMPLING_TOLERANCE, "it stayed"
+
+
+def test_what_is_forwarded_is_told_once(models, caplog):
+    from rayltx.comfy_dist.main_process.in_place_changes import InPlaceChanges
+
+    model = models("LTX-Video")[1].model.diffusion_model
+    changes = InPlaceChanges(model)
+    with blocks_of_a_class("LTX-Video"), caplog.at_level(logging.INFO, "rayltx"):
+        first, second = (changes.object_patches(model) for _ in range(2))
+    names = ["transformer_blocks.0.forward", "transformer_blocks.1.forward"]
+    assert list(first) == [f"diffusion_model.{name}" for name in names]
+    assert all(first[name] is second[name] for name in first), "the same objects, which are not sent again"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"changed in place by another pack, and forwarded: {', '.join(names)}"
+    ]
 
 
 def test_text_is_prepared_by_what_packs_exchanged(models):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from comfy_checkout import find_comfyui
-from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint, slow
+from comfy_models import CONFIGS, VERSIONS, save_tiny_bundle, save_tiny_checkpoint, slow
 from comfy_scenarios import SAMPLING_TOLERANCE
 from comfy_server import PromptFailed, Server
 from comfy_workflows import HEIGHT, STEPS, WIDTH, Workflow, ksampler, sampler_custom
@@ -27,7 +27,9 @@ def server(comfy, tmp_path_factory):
     (models / "diffusion_models").mkdir(parents=True)
     (models / "loras").mkdir()
     (models / "unet").mkdir()
+    (models / "checkpoints").mkdir()
     for version in CONFIGS:
+        save_tiny_bundle(models / "checkpoints" / f"{version} with VAE.safetensors", version)
         save_tiny_checkpoint(models / "diffusion_models" / f"{version}.safetensors", version)
         quantised = models / "unet" / f"{version}.gguf"
         convert(models / "diffusion_models" / f"{version}.safetensors", quantised, "Q8_0")
@@ -121,6 +123,51 @@ def test_a_batch_of_two(server, version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_ring(server, version):
     compare(server, version, ksampler, ring=2)
+
+
+# ---- one file for all
+
+
+def bundled(version, kind):
+    """A graph on a checkpoint in one file, image to video and back to pixels, with either loader."""
+    work = Workflow(version)
+    name = f"{version} with VAE.safetensors"
+    if kind == "whole":
+        loader = work.add("CheckpointLoaderSimple", ckpt_name=name)
+    else:
+        loader = work.add("RayCheckpointLoader", ckpt_name=name, ray_actors_init=work.init())
+    image = work.add("TestImage", seed=4, width=32 * WIDTH, height=32 * HEIGHT, count=1)[0]
+    work.video = work.add(
+        "LTXVImgToVideoInplace", vae=loader[2], image=image, latent=work.video, strength=1.0, bypass=False
+    )[0]
+    latent = ksampler(work, loader[0], work.latent())
+    work.save(latent, f"{kind} of {name}")
+    video = work.add("LTXVSeparateAVLatent", av_latent=latent)[0] if work.has_audio else latent
+    pixels = work.add("VAEDecode", samples=video, vae=loader[2])[0]
+    work.save(work.add("VAEEncode", pixels=pixels, vae=loader[2])[0], f"{kind} of {name}, decoded")
+    return work
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_checkpoint_in_one_file_takes_the_place_of_comfyuis_loader(server, version):
+    for kind in ("whole", "workers"):
+        server.run(bundled(version, kind).nodes)
+    for end in ("", ", decoded"):
+        names = [f"{kind} of {version} with VAE.safetensors{end}" for kind in ("workers", "whole")]
+        assert error_of(server, *names) <= (SAMPLING_TOLERANCE if not end else 1e-4), end
+    assert server.log().count("with VAE.safetensors, LTX") == 1
+
+
+def test_what_else_is_in_the_file_is_read_once(server):
+    """Also when the loader runs again: for a LoRA, or another dtype of the model."""
+    work = bundled("LTX-2.3", "workers")
+    server.run(work.nodes)
+    before = server.log().count("VAE load device")
+    loader = next(node for node in work.nodes.values() if node["class_type"] == "RayCheckpointLoader")
+    lora = work.add("RayLoraLoader", lora_name="LTX-2.3.safetensors", strength_model=0.5)[0]
+    loader["inputs"]["lora"] = lora
+    server.run(work.nodes)
+    assert before > 0 and server.log().count("VAE load device") == before
 
 
 # ---- the XFuser nodes
