@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ray import cloudpickle
 from torch import Tensor, nn
@@ -114,6 +115,17 @@ def register_unimportable_modules() -> None:
             continue
         if not _is_importable(name, file, folder_paths.__file__):
             cloudpickle.register_pickle_by_value(module)
+
+
+def is_sent_whole(value: Any) -> bool:
+    """Whether a function or class crosses with its code, as what a worker cannot import by name does."""
+    import folder_paths
+
+    name = value.__module__ or ""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if name.split(".")[0] == "rayltx" or "<" in value.__qualname__:
+        return "<" in value.__qualname__
+    return name == "__main__" or (isinstance(file, str) and not _is_importable(name, file, folder_paths.__file__))
 
 
 @functools.cache  # there are thousands of modules, and this is asked before every sampling

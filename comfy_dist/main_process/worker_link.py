@@ -25,6 +25,7 @@ from rayltx.comfy_dist.main_process.forwarding import (
     MODEL_PREFIX,
     check_sendable,
     is_same_state,
+    is_sent_whole,
     patch_state_of,
     register_unimportable_modules,
     remote_options,
@@ -34,6 +35,7 @@ from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
 from rayltx.comfy_dist.main_process.memory_estimate import Replicated
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving
+from rayltx.comfy_dist.main_process.option_state import OptionState, Unknown
 from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.self_test_record import prove_seam
@@ -80,6 +82,7 @@ class WorkerLink:
         self._proofs = PatchProofs()
         self._in_place: InPlaceChanges | None = None
         self._sent_options: tuple[str, Message, bytes] | None = None  # their key, themselves, and their digest
+        self._options_state: OptionState | None = None
         self.hooks = SentHooks(remote)
         self.memory = DeviceMemory(self)
 
@@ -245,6 +248,9 @@ class WorkerLink:
     def _options_key(self, options: Options) -> str:
         """The workers' name for the transformer options that stay the same, which they are sent when they change."""
         refer = self.remote.source.refer
+        state = self._state_of(options)
+        if state is not None and self._sent_options is not None and state.is_same(self._options_state):
+            return self._sent_options[0]
         try:
             message = pack(options, refer=refer)
         except Exception as error:  # pickling raises anything
@@ -255,7 +261,15 @@ class WorkerLink:
             call = ask(ComfyHost.keep_options, ConstantOptions(key, message))
             self.remote.set_up(_OPTIONS, call, "forwarding patches")
             self._sent_options = (key, message, digest_of(message))
+        self._options_state = state
         return self._sent_options[0]
+
+    def _state_of(self, options: Options) -> OptionState | None:
+        """What the options are made of, where that can be seen without pickling them."""
+        try:
+            return OptionState(options, is_sent_whole, self.remote.source.refer or (lambda obj: None))
+        except Unknown:
+            return None
 
     def release(self) -> None:
         """Let the workers forget the model. Nothing is waited for."""

@@ -10,6 +10,8 @@ import torch
 from comfy_models import CONFIGS
 from safetensors.torch import save_file
 
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
+
 pytestmark = pytest.mark.comfyui
 
 
@@ -84,3 +86,33 @@ def test_nodes_can_call_the_modules_that_prepare_text(models, version):
         reference = theirs.video_embeddings_connector(text)[0]
     assert out.shape == reference.shape and (out - reference).norm() <= 1e-5 * reference.norm()
     assert isinstance(ours.video_embeddings_connector, type(theirs.video_embeddings_connector))
+
+
+@pytest.mark.parametrize("with_sigmas", [False, True])
+@pytest.mark.parametrize(
+    "latent",
+    [
+        {"samples": torch.zeros(1, 16, 3, 5, 7)},  # empty, and of another model's channels
+        {"samples": torch.full((2, 128, 3, 5, 7), 0.1), "batch_index": [3, 3]},
+        {"samples": torch.full((1, 128, 3, 5, 7), 0.1), "noise_mask": torch.full((1, 1, 3, 5, 7), 0.5)},
+        {"samples": torch.full((1, 128, 3, 5, 7), 0.1), "noise_mask": torch.ones(1, 160, 224), "more": "kept"},
+    ],
+)
+def test_xfuser_samplers_take_every_latent_that_comfyuis_take(models, latent, with_sigmas):
+    import comfy.samplers
+
+    import nodes
+    from rayltx.comfy_dist.main_process.ksampler import SamplingRange, sample_scheduled
+
+    whole, twin, _ = models("LTX-Video")
+    work = scenarios.Workspace("LTX-Video", CONFIGS["LTX-Video"])
+    sigmas = None
+    if with_sigmas:
+        sigmas = comfy.samplers.KSampler(whole, 3, "cpu", "euler", "simple").sigmas
+    with torch.inference_mode():
+        expected = nodes.common_ksampler(whole, 5, 3, 3.0, "euler", "simple", work.positive, work.negative, latent)[0]
+        out = sample_scheduled(
+            twin, True, 5, 3, 3.0, "euler", "simple", work.positive, work.negative, latent, SamplingRange(), sigmas
+        )
+    assert out.keys() == expected.keys()
+    assert relative_error(out["samples"], expected["samples"]) <= scenarios.SAMPLING_TOLERANCE
