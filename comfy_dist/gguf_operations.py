@@ -24,6 +24,7 @@ def gguf_operations(spec: GGUFSpec) -> Any:
             """`weight` holds bytes where `block_format` says what they mean."""
 
             block_format: BlockFormat | None = None
+            comfy_force_forward = True  # newer feed-forwards go past a layer whose weight they take for a plain one
 
             def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
                 found = spec.formats.get(prefix + "weight")

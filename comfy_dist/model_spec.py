@@ -18,6 +18,9 @@ TEXT_MODULES = ("audio_embeddings_connector", "video_embeddings_connector")
 CAPTION_PROJECTIONS = ("caption_projection", "audio_caption_projection")
 """Names of modules that prepare text before the connectors in some versions, and within the forward in others."""
 
+OWN_ATTENTION = ".comfy_attention"
+"""The end of the name of what an attention layer asks for, in versions where a checkpoint or a LoRA can choose it."""
+
 
 @dataclass(frozen=True)
 class ComfySpec:

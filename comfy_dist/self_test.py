@@ -82,6 +82,7 @@ class Case:
     reference_audio: bool = False
     generated_keyframes: bool = False
     options: tuple[tuple[str, object], ...] = ()
+    own_attention: bool = False  # each layer asks for another attention, as checkpoints of newer ComfyUIs can
 
 
 CASES = (
@@ -95,6 +96,8 @@ CASES = (
     Case("video only", audio=False, mask="frame"),
     Case("reference audio", reference_audio=True, mask="frame"),
     Case("generated keyframes", generated_keyframes=True),
+    Case("attention of the layers' own", own_attention=True, text_mask=True),
+    Case("guide and attention of the layers' own", own_attention=True, guides=1, guide_strength=0.5),
     Case("spatio-temporal guidance", options=(("stg_self_attn_blocks", (1,)),)),
     Case("without audio-to-video attention", options=(("a2v_cross_attn", False),)),
     Case("without video-to-audio attention", options=(("v2a_cross_attn", False),)),
@@ -120,7 +123,37 @@ def case_like(x: object, kwargs: Mapping[str, Any]) -> Case:
 
 
 def cases_for(model: DiffusionModel) -> list[Case]:
-    return [case for case in CASES if has_audio(model) or case.name not in _AUDIO_CASES]
+    possible = [case for case in CASES if has_audio(model) or case.name not in _AUDIO_CASES]
+    return [case for case in possible if not case.own_attention or _choosing_layers(model)]
+
+
+def _choosing_layers(model: DiffusionModel) -> list[Any]:
+    """The blocks' attention modules, in versions where a layer can ask for an attention of its own."""
+    parts = [part for block in model.transformer_blocks for part in block.children()]
+    return [part.comfy_attention for part in parts if hasattr(part, "comfy_attention")]
+
+
+@contextlib.contextmanager
+def own_attention_of(model: DiffusionModel, case: Case) -> Iterator[None]:
+    """Let each layer ask for an attention of its own within the `with`, if the case is of that kind."""
+    layers = _choosing_layers(model) if case.own_attention else []
+    before = [layer.function for layer in layers]
+    for layer in layers:
+        layer.function = _sharper_attention
+    try:
+        yield
+    finally:
+        for layer, function in zip(layers, before):
+            layer.function = function
+
+
+def _sharper_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """An attention like no other, whose answer to a query depends on all of them. It takes what ComfyUI's kernels do."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    query, key, value = (part if isinstance(part, Tensor) else part.take() for part in args[:3])
+    query = 1.5 * query / (1.0 + query.abs().mean(1, keepdim=True))
+    return attention_pytorch(query, key, value, *args[3:], **kwargs)
 
 
 def forward_arguments(
@@ -236,13 +269,14 @@ def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: 
     with torch.inference_mode(), ieee_float32():
         for case in cases_for(model):
             try:
-                whole = call(model, case, device)
+                with own_attention_of(model, case):
+                    whole = call(model, case, device)
             except Exception as error:  # of the installed ComfyUI, and the same on every rank
                 refused = f"{type(error).__name__}: {error}"
                 logger.warning("%s is not tried: ComfyUI's own model does not run it (%s)", case.name, refused)
                 continue
             try:
-                with sharded(model, group):
+                with own_attention_of(model, case), sharded(model, group):
                     in_shards = call(model, case, device)
             except Exception as error:  # whatever an unknown model says to being sharded is the verdict
                 logger.info("%s cannot be sharded: %s", case.name, traceback.format_exc())

@@ -49,6 +49,7 @@ class SelfAttentionExchange:
         attend_with_lse: AttendWithLse = attention_with_lse,
         mask: SelfAttentionMask | None = None,
         mergeable: bool = True,
+        queries_together: bool = False,
     ) -> Tensor:
         """Attention of this rank's tokens over all tokens.
 
@@ -57,6 +58,7 @@ class SelfAttentionExchange:
         mask: of the whole sequence.
         mergeable: False if `attend` is not the plain attention that parts can be merged into; a ring then gathers the
         keys, and `attend` sees them all.
+        queries_together: if not mergeable either, a ring gathers the queries, too, and keeps the answers to its own.
         Returns (B, n, H, E), of the query's dtype.
         """
         query, key, value = (x.wait() if isinstance(x, PendingExchange) else x for x in (query, key, value))
@@ -68,7 +70,11 @@ class SelfAttentionExchange:
         elif not mergeable:
             key, value = (all_gather_tokens(x, chunks, group.ring) for x in (key, value))
             queries = chunks.slice(group.ring_rank)
-            out = attend_masked(attend, query, key, value, mask, queries, whole, heads)
+            if queries_together:
+                query = all_gather_tokens(query, chunks, group.ring)
+                out = attend_masked(attend, query, key, value, mask, whole, whole, heads)[:, queries].contiguous()
+            else:
+                out = attend_masked(attend, query, key, value, mask, queries, whole, heads)
         else:
             out = ring_attention(query, key, value, chunks, group.ring, attend_with_lse, mask, heads)
         if group.ulysses is None:

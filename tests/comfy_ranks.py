@@ -71,6 +71,29 @@ def positions_in_another_layout(model_class):
         base._process_input, base._prepare_positional_embeddings = process, prepare
 
 
+@contextlib.contextmanager
+def no_answer_without_audio(model_class):
+    """A ComfyUI whose own model cannot run one kind of input, as 0.29 without audio."""
+    original = model_class.forward
+
+    def forward(self, x, *args, **kwargs):
+        if len(x) == 1:
+            raise AttributeError("'list' object has no attribute 'shape'")
+        return original(self, x, *args, **kwargs)
+
+    with mock.patch.object(model_class, "forward", forward):
+        yield
+
+
+@contextlib.contextmanager
+def no_answer_at_all(model_class):
+    def forward(self, *args, **kwargs):
+        raise AttributeError("no forward today")
+
+    with mock.patch.object(model_class, "forward", forward):
+        yield
+
+
 def audio_of_every_rank(path, version, degrees):
     """What each rank holds of the replicated audio at the end of a forward, as bytes."""
     from comfy_models import CONFIGS, model_class, set_up_comfyui

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rayltx.comfy_dist.comfy_types import Options
 from rayltx.comfy_dist.main_process.forwarding import MODEL_PREFIX, OPTION_PATCHES
-from rayltx.comfy_dist.model_spec import TEXT_MODULES
+from rayltx.comfy_dist.model_spec import OWN_ATTENTION, TEXT_MODULES
 from rayltx.comfy_dist.self_test import Case
 from rayltx.comfy_dist.wire import Difference, PatchState
 from rayltx.diffusion_models.lightricks.roles import AttentionRole
@@ -58,7 +58,7 @@ def modules_to_show_all(state: PatchState) -> tuple[str, ...]:
     for name in state.object_patches:
         if not _is_in_forward(name):
             continue
-        module = name.removeprefix(MODEL_PREFIX).removesuffix(".forward")
+        module = name.removeprefix(MODEL_PREFIX).removesuffix(".forward").removesuffix(OWN_ATTENTION)
         if not module.startswith("transformer_blocks.") or module.rpartition(".")[2] not in _CAN_BE_SHOWN_ALL:
             return ()
         modules.add(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
 from rayltx.comfy_dist.comfy_types import DiffusionModel, Model, Options
 from rayltx.comfy_dist.containers import to_device
-from rayltx.comfy_dist.model_spec import ComfySpec
+from rayltx.comfy_dist.model_spec import OWN_ATTENTION, ComfySpec
 from rayltx.comfy_dist.self_test import errors_by_case, tiny_model
 from rayltx.comfy_dist.wire import (
     ConstantOptions,
@@ -149,7 +150,7 @@ class ComfyModel(ComfyHost):
             self._patcher.clean_hooks()
             self._hooks.clear()
             patcher = self._base.clone()
-            for name, value in {**vars(sent.state), **unpack(sent.objects, self.module)}.items():
+            for name, value in {**vars(sent.state), **self._unpacked(sent.objects)}.items():
                 setattr(patcher, name, value)
             self._patcher, self._packed_objects = patcher, sent.objects
             self._loaded_for = None
@@ -159,9 +160,18 @@ class ComfyModel(ComfyHost):
         if self._packed_objects is None:
             return
         self._patcher.unpatch_model(unpatch_weights=False)
-        for name, value in unpack(self._packed_objects, self.module).items():
+        for name, value in self._unpacked(self._packed_objects).items():
             setattr(self._patcher, name, value)
         self._patcher.patch_model(load_weights=False)
+
+    def _unpacked(self, objects: Message) -> dict[str, Any]:
+        """Patches that are code. Which kernel a layer's wish for attention gets is settled by this process's device."""
+        found: dict[str, Any] = unpack(objects, self.module)
+        for name, patch in found["object_patches"].items():
+            if name.endswith(OWN_ATTENTION) and patch.config is not None:
+                wish = torch.tensor(list(json.dumps(patch.config).encode()), dtype=torch.uint8)
+                found["object_patches"][name] = patch.with_config(wish)
+        return found
 
     def preprocess_text(self, inputs: TextInputs) -> Tensor:
         return self._prepare_text(self.diffusion_model.preprocess_text_embeds, inputs)

@@ -23,6 +23,8 @@ from rayltx.comfy_dist.marks import LOW_RANK_PATCHES
 
 # ComfyUI's feed-forward multiplies these weights itself, past the layer and its hooks, unless they have a function.
 _PAST_THE_LAYER = ("TensorWiseINT8Layout",)
+# Of a layer: newer ones multiply other weights themselves, too, but for layers that say this.
+_FORCE_FORWARD = "comfy_force_forward"
 
 
 def multiplies_quantised(layer: Layer) -> bool:
@@ -87,6 +89,8 @@ class LowRankAtUse:
 def take_low_rank_patches(layer: Layer) -> list[LowRankAtUse]:
     """Take a layer's LoRAs off it."""
     taken: list[LowRankAtUse] = layer.__dict__.pop(LOW_RANK_PATCHES, [])
+    if taken:
+        layer.__dict__.pop(_FORCE_FORWARD, None)
     for hook in taken:
         if hook.handle is not None:
             hook.handle.remove()
@@ -110,4 +114,5 @@ def put_low_rank_patches(
     for hook in hooks:
         hook.handle = layer.register_forward_hook(hook)
     layer.__dict__[LOW_RANK_PATCHES] = hooks
+    layer.__dict__[_FORCE_FORWARD] = True
     return True

@@ -39,13 +39,19 @@ from rayltx.sequence_parallel.ulysses import all_gather_tokens, gather_tokens
 # What the seam puts on ComfyUI's objects, for the time of a forward:
 # - in the transformer options, under a key of ComfyUI's: what is called in place of the attention kernel;
 OVERRIDE = "optimized_attention_override"
-# - in the options of one attention call: its AttentionRole, and the SelfAttentionMask of the whole sequence;
+# - in the options of one attention call: its AttentionRole, the SelfAttentionMask of the whole sequence, and the attention
+#   that the layer asks for itself;
 ROLE = "rayltx_role"
 MASK = "rayltx_self_attention_mask"
+PREFERRED = "rayltx_preferred_attention"
 # - `rayltx_index`, on timesteps that ComfyUI keeps compressed: (n,) int64, the row of each token of this rank;
 # - on the model: the methods that `_ShardedForward.wrappers` names; on each `block.ff`: `forward`;
 # - forward hooks, on the attention modules (a block's attributes that `AttentionRole` names) and on `proj_out`;
 # - `input_scale` and a forward hook, on NVFP4 layers without one (see `input_scales`).
+
+
+_QUERIES_STAY = (AttentionRole.VIDEO_TEXT, AttentionRole.AUDIO_TO_VIDEO)  # a rank attends with its own queries alone
+_QUERY_BY_QUERY = ("attention_comfy_kitchen_int8",)  # of the kernels that a layer may ask for
 
 
 @contextlib.contextmanager
@@ -69,9 +75,14 @@ def sharded(
         for number, block in enumerate(diffusion_model.transformer_blocks):
             for role in AttentionRole:
                 attention = getattr(block, role.value, None)
-                if attention is not None and f"transformer_blocks.{number}.{role.value}" not in gathered:
-                    tag = functools.partial(_tag_role, role)
-                    scope.callback(attention.register_forward_pre_hook(tag, with_kwargs=True).remove)
+                name = f"transformer_blocks.{number}.{role.value}"
+                preferred = preferred_attention(attention)
+                if role in _QUERIES_STAY and not keeps_queries_apart(preferred):
+                    gathered = {*gathered, name}
+                if attention is None or (name in gathered and preferred is None):
+                    continue
+                tag = _tag_preferred if name in gathered else functools.partial(_tag_role, role)
+                scope.callback(attention.register_forward_pre_hook(tag, with_kwargs=True).remove)
         in_step = scope.enter_context(agreed_input_scales(diffusion_model, group))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
         if feed_forward_chunks != 1 and not in_step:  # ranks' tokens may fall into different numbers of chunks
@@ -221,11 +232,13 @@ class _ShardedForward:
                 extra["low_precision_attention"] = False  # as ComfyUI calls it for guides
             return run(*flat, query.shape[2], mask=mask_piece, **extra).unflatten(2, query.shape[2:])
 
-        run = kernel if chained is None else functools.partial(chained, kernel)
         options = kwargs.get("transformer_options") or {}
         role = options.get(ROLE)
         own_mask: SelfAttentionMask | None = options.get(MASK)
-        plain_options = {key: value for key, value in options.items() if key not in (OVERRIDE, ROLE, MASK)}
+        # As ComfyUI has it: an override goes before what a layer asks for, and that before the choice for all.
+        preferred = options.get(PREFERRED) if chained is None else None
+        run = preferred or (kernel if chained is None else functools.partial(chained, kernel))
+        plain_options = {key: value for key, value in options.items() if key not in (OVERRIDE, ROLE, MASK, PREFERRED)}
         if chained is not None:
             plain_options[OVERRIDE] = chained
         if role is None:  # attention of something that a patch brought in
@@ -235,7 +248,9 @@ class _ShardedForward:
         if role is AttentionRole.VIDEO_SELF:
             sequence = ShardedSequence(sequence.group, sequence.partition, own_mask)
         # Another pack's override can be anything: it is shown whole attentions, not parts to be merged.
-        return sequence.attend(role, query, key, value, local, mask, mergeable=chained is None).flatten(2)
+        mergeable = chained is None and preferred is None
+        together = not keeps_queries_apart(preferred)
+        return sequence.attend(role, query, key, value, local, mask, mergeable, together).flatten(2)
 
     def on_all_tokens(
         self, original: Callable[..., Tensor], module_name: str, x: Tensor, *args: Any, **kwargs: Any
@@ -328,14 +343,37 @@ def _ragged_class(compressed: Any) -> Any:
     return RaggedTimestep
 
 
+def preferred_attention(attention: nn.Module | None) -> Callable[..., Tensor] | None:
+    """What a checkpoint or a LoRA has chosen for one layer, in newer versions; None: what all use.
+
+    ComfyUI passes it to its kernels next to the call, and an override does not get it.
+    """
+    return getattr(getattr(attention, "comfy_attention", None), "function", None)
+
+
+def keeps_queries_apart(kernel: Callable[..., Tensor] | None) -> bool:
+    """Whether a layer's own kernel gives a query the same answer whichever others it comes with.
+
+    One that leaves out blocks does not. What is not known is taken for such a one.
+    """
+    return kernel is None or getattr(kernel, "__name__", "") in _QUERY_BY_QUERY
+
+
 def _tag_role(role: AttentionRole, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Tell the override, by the options of this one call, which attention it serves.
 
     The mask of video self-attention is of the whole sequence, and one of its kinds would be cut by the positions of the
     local tokens: it goes with the options instead.
     """
-    options = {**(kwargs.get("transformer_options") or {}), ROLE: role}
+    args, kwargs = _tag_preferred(module, args, kwargs)
+    options = kwargs["transformer_options"] = {**kwargs["transformer_options"], ROLE: role}
     if role is AttentionRole.VIDEO_SELF:
         options[MASK] = self_attention_mask_of(kwargs.get("mask"))
-        kwargs = {**kwargs, "mask": None}
+        kwargs["mask"] = None
+    return args, kwargs
+
+
+def _tag_preferred(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tell the override what the layer asks for."""
+    options = {**(kwargs.get("transformer_options") or {}), PREFERRED: preferred_attention(module)}
     return args, {**kwargs, "transformer_options": options}

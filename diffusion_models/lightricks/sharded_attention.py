@@ -57,6 +57,7 @@ class ShardedSequence:
         attend: Attend,
         mask: Tensor | None = None,
         mergeable: bool = True,
+        queries_together: bool = False,
     ) -> Tensor:
         """Any attention of a block, from what this rank holds.
 
@@ -65,6 +66,7 @@ class ShardedSequence:
         self-attention takes the sequence's mask instead.
         mergeable: False if `attend` is more than plain attention, so that parts of it cannot be merged. Then keys are
         gathered where parts would have been.
+        queries_together: `attend` has to be shown all queries of a self-attention, since one's answer depends on the others.
         Returns (B, queries, H, E). Collective for VIDEO_SELF and VIDEO_TO_AUDIO.
         """
         if role is AttentionRole.VIDEO_SELF:
@@ -72,8 +74,9 @@ class ShardedSequence:
             exchange = self.self_exchange(query.shape[2])
             sent_value, sent_query, sent_key = exchange.send(value), exchange.send(query), exchange.send(key)
             return exchange.attend(
-                sent_query, sent_key, sent_value, attend, mask=self.self_attention_mask, mergeable=mergeable
-            )
+                sent_query, sent_key, sent_value, attend,
+                mask=self.self_attention_mask, mergeable=mergeable, queries_together=queries_together,
+            )  # fmt: skip
         if role is AttentionRole.VIDEO_TO_AUDIO:
             whole_mask = mask
             if mask is not None and mask.shape[-1] == self.partition.num_tokens:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import comfy_scenarios as scenarios
 import pytest
 import torch
 from comfy_models import CONFIGS
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
@@ -116,3 +118,37 @@ def test_xfuser_samplers_take_every_latent_that_comfyuis_take(models, latent, wi
         )
     assert out.keys() == expected.keys()
     assert relative_error(out["samples"], expected["samples"]) <= scenarios.SAMPLING_TOLERANCE
+
+
+@pytest.mark.parametrize("by", ["checkpoint", "LoRA"])
+def test_attention_that_layers_ask_for_travels(models, cluster, tmp_path, by):
+    """In newer versions, by a checkpoint or a LoRA. Which kernel it gets is settled where it runs: here, none."""
+    import comfy.sd
+    from comfy.ldm.lightricks.model import CrossAttention
+    from safetensors.torch import load_file
+
+    from rayltx.comfy_dist.main_process.placement import Placement
+    from rayltx.comfy_dist.main_process.twin import load_twin
+    from rayltx.sequence_parallel.partition import ParallelConfig
+
+    if not hasattr(CrossAttention(8, heads=1, dim_head=8, operations=torch.nn), "comfy_attention"):
+        pytest.skip("this ComfyUI's layers ask for no attention of their own")
+    whole, twin, path = models("LTX-Video")
+    name = "diffusion_model.transformer_blocks.1.attn1.comfy_attention.config"
+    wish = torch.tensor(list(json.dumps([{"attention": "comfy_kitchen_int8"}]).encode()), dtype=torch.uint8)
+    with torch.inference_mode():
+        if by == "LoRA":
+            tensors = {**scenarios.make_lora(CONFIGS["LTX-Video"]), name: wish}
+            whole, twin = (comfy.sd.load_lora_for_models(m, None, tensors, 1.0, 0.0)[0] for m in (whole, twin))
+            assert name.removesuffix(".config") in twin.object_patches
+        else:
+            path = tmp_path / "model.safetensors"
+            with safe_open(models("LTX-Video")[2], "pt") as file:
+                metadata = file.metadata()
+            save_file({**load_file(models("LTX-Video")[2]), f"model.{name}": wish}, path, metadata)
+            whole = comfy.sd.load_diffusion_model(str(path))
+            twin = load_twin(str(path), Placement(cluster.request, ParallelConfig(2, 1)))
+        out, expected = (
+            scenarios.tensors_of(scenarios.euler(m, "LTX-Video", CONFIGS["LTX-Video"])) for m in (twin, whole)
+        )
+    assert all(relative_error(a, b) <= scenarios.SAMPLING_TOLERANCE for a, b in zip(out, expected))

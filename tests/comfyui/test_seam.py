@@ -39,6 +39,16 @@ def test_a_comfyui_that_changed_is_caught_by_name(comfy, ranks, version, sabotag
         assert words in str(error.value)
 
 
+def test_what_comfyui_itself_cannot_run_is_left_out(comfy, ranks):
+    """0.29 crashes without audio: nobody can have that picture, and all others are exact."""
+    path = str(find_comfyui())
+    errors = ranks.run(2, seam_errors, path, "LTX-2", (2, 1), "no_answer_without_audio")[0]
+    assert "video only" not in errors and "text to video" in errors
+    assert max(errors.values()) <= TOLERANCE, errors
+    with pytest.raises(Exception, match=r"runs no kind of input.*no forward today"):
+        ranks.run(2, seam_errors, path, "LTX-2", (2, 1), "no_answer_at_all")
+
+
 @pytest.mark.parametrize("degrees", [(2, 1), (1, 2)])
 def test_a_layer_that_takes_its_scale_from_all_tokens_takes_it_from_all_ranks(comfy, ranks, degrees):
     """NVFP4 without an input scale: a rank's tokens alone have another largest value, which moved the answer by 8e-2."""

@@ -117,6 +117,35 @@ def test_ranks_without_tokens_or_heads_take_part(ranks, degrees, tokens, heads):
     assert relative_error(torch.from_numpy(out), reference) < 5e-7
 
 
+def of_all_queries(query, key, value, mask=None):
+    """A kernel whose answer to one query depends on the others."""
+    return torch_attention(query - query.mean(1, keepdim=True), key, value, mask)
+
+
+def shard_and_attend_together(degrees, tokens, heads, mask_kind):
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    partition = TokenPartition.even(tokens, group.config)
+    mine = partition.local(group.rank)
+    q, k, v = (x[:, mine] for x in qkv(2, tokens, heads, 8, torch.float32))
+    mask = DenseMask(dense_mask(tokens, heads, torch.float32)) if mask_kind else None
+    exchange = SelfAttentionExchange(group, partition, heads)
+    value, query, key = exchange.send(v), exchange.send(q), exchange.send(k)
+    out = exchange.attend(query, key, value, of_all_queries, mask=mask, mergeable=False, queries_together=True)
+    gathered = gather_tokens(out, partition.tokens, group.world)
+    return gathered.float().numpy() if gathered is not None else None
+
+
+@pytest.mark.parametrize("mask_kind", [None, "dense"])
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("tokens, heads", [(29, 5), (3, 2)])
+def test_a_kernel_that_looks_at_all_queries_is_shown_them(ranks, degrees, tokens, heads, mask_kind):
+    out = ranks.run(degrees[0] * degrees[1], shard_and_attend_together, degrees, tokens, heads, mask_kind)[0]
+    mask = dense_mask(tokens, heads, torch.float32) if mask_kind else None
+    query, key, value = qkv(2, tokens, heads, 8, torch.float32)
+    reference = whole_attention(query - query.mean(1, keepdim=True), key, value, mask)
+    assert relative_error(torch.from_numpy(out), reference) < 5e-7
+
+
 def scatter_and_gather(tokens, heads):
     group = SequenceParallelGroup.create(ParallelConfig(3, 1))
     parts, by_head = Partition.even(tokens, 3), Partition.even(heads, 3)
