@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import logging
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rayltx.comfy_dist.comfy_environment import comfyui_version
+from rayltx.comfy_dist.comfy_names import missing_names
 from rayltx.comfy_dist.comfy_types import BaseModel
 from rayltx.comfy_dist.dtype_choices import FAST_FP8, WEIGHT_DTYPES
 from rayltx.comfy_dist.gguf_spec import GGUFSpec, keeps_blocks
@@ -54,6 +56,7 @@ def detect(
     import comfy.utils
 
     check_version()
+    check_names()
     if weight_dtype not in WEIGHT_DTYPES:
         raise UnsupportedError(f"weight_dtype={weight_dtype!r} must be one of {', '.join(WEIGHT_DTYPES)}")
     file_tensors = _header(checkpoint)
@@ -105,6 +108,18 @@ def check_version() -> None:
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MIN_VERSION:
         raise UnsupportedError(
             f"ComfyUI {version} is too old: RayLTX needs {'.'.join(map(str, MIN_VERSION))} or newer; update ComfyUI"
+        )
+
+
+@functools.cache
+def check_names() -> None:
+    """Raises UnsupportedError that names what this ComfyUI does not have of what is used of it."""
+    missing = missing_names()
+    if missing:
+        more = f", and {len(missing) - 6} more" if len(missing) > 6 else ""
+        raise UnsupportedError(
+            f"ComfyUI {comfyui_version()} does not have, or has otherwise: {', '.join(missing[:6])}{more}. RayLTX calls these: "
+            "update RayLTX, or use the newest ComfyUI that its page of compatible versions lists"
         )
 
 
