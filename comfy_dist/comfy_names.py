@@ -82,10 +82,10 @@ USED = (
 REPLACED = tuple(
     f"comfy.model_patcher.ModelPatcher.{name}"
     for name in (
-        "clean_hooks", "cleanup", "current_loaded_device", "detach", "eject_model", "get_combined_hook_patches",
-        "get_free_memory", "get_key_patches", "inject_model", "load", "loaded_size", "lowvram_patch_counter", "model_size",
-        "model_state_dict", "partially_load", "partially_unload", "patch_cached_hook_weights",
-        "patch_hook_weight_to_device", "patch_hooks", "patch_model",
+        "add_object_patch", "add_wrapper_with_key", "clean_hooks", "cleanup", "current_loaded_device", "detach",
+        "eject_model", "get_combined_hook_patches", "get_free_memory", "get_key_patches", "inject_model", "load",
+        "loaded_size", "lowvram_patch_counter", "model_size", "model_state_dict", "partially_load",
+        "partially_unload", "patch_cached_hook_weights", "patch_hook_weight_to_device", "patch_hooks", "patch_model",
         "patch_weight_to_device", "pre_run", "state_dict_for_saving", "unpatch_hooks", "unpatch_model",
     )
 )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 _PLAIN = (bool, int, float, str, type(None))
+_OF_TORCH = ("_is_torch_compile",)  # settings that torch.compile leaves on what it has been shown
 _CALLS_THE_WORKERS = "_forward"  # of the model itself
 _RUNS_HERE = "forward"  # of the model itself: it calls the one above
 
@@ -38,7 +39,7 @@ class _ModuleState:
         return cls(
             type(module),
             {name: id(value) for name, value in _methods_of(module).items()},
-            {name: value for name, value in attributes.items() if isinstance(value, _PLAIN)},
+            {name: value for name, value in attributes.items() if isinstance(value, _PLAIN) and name not in _OF_TORCH},
             {name: tuple(table) for name, table in tables.items() if table},
             parts,
         )

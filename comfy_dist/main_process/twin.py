@@ -43,6 +43,9 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 logger = logging.getLogger(__name__)
 
 
+_COMPILED = "torch.compile"  # the key of the wrapper that ComfyUI's node for it adds, and other packs'
+
+
 @functools.cache
 def _remote_class(model_class: Any) -> type:
     """ComfyUI's model class, with what needs weights done by the workers."""
@@ -176,6 +179,20 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
         super().cleanup()
         self.link.memory.end_run(self.placement.free_after_sampling)
 
+    # ---- torch.compile: of modules that run in the workers
+
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: object) -> None:
+        if key == _COMPILED:
+            _say_that_nothing_is_compiled()
+        else:
+            super().add_wrapper_with_key(wrapper_type, key, wrapper)
+
+    def add_object_patch(self, name: str, obj: object) -> None:
+        if type(obj).__name__ == "OptimizedModule":
+            _say_that_nothing_is_compiled()
+        else:
+            super().add_object_patch(name, obj)
+
     # ---- hooks: combined here, where their strengths are known, applied there
 
     def patch_hooks(self, hooks: HookGroup) -> None:
@@ -258,6 +275,13 @@ def load_twin(
         base_model.device = comfy.model_management.unet_offload_device()
         release_with(base_model, link)
         return patcher_of(base_model).placed(placement)
+
+
+def _say_that_nothing_is_compiled() -> None:
+    logger.warning(
+        "torch.compile has no effect on a Ray MODEL: its blocks run in the workers, and are not compiled there. The picture is "
+        "the same; remove the node, or use ComfyUI's own loader and one GPU with it"
+    )
 
 
 def patcher_of(base_model: BaseModel) -> TwinPatcher:

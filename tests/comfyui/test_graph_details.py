@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 
@@ -152,3 +153,19 @@ def test_attention_that_layers_ask_for_travels(models, cluster, tmp_path, by):
             scenarios.tensors_of(scenarios.euler(m, "LTX-Video", CONFIGS["LTX-Video"])) for m in (twin, whole)
         )
     assert all(relative_error(a, b) <= scenarios.SAMPLING_TOLERANCE for a, b in zip(out, expected))
+
+
+def test_torch_compile_is_said_to_have_no_effect(models, caplog):
+    """On the MODEL of this process it would trace into the transport, and fail after minutes."""
+    _, twin, _ = models("LTX-Video")
+    node = importlib.import_module("comfy_extras.nodes_torch_compile").TorchCompileModel
+    schema = {"backend": "inductor"} if "backend" in inspect.signature(node.execute).parameters else {}
+    compiled = scenarios.node("comfy_extras.nodes_torch_compile", "TorchCompileModel")(model=twin, **schema)[0]
+    old_way = compiled.clone()
+    old_way.add_object_patch("diffusion_model", torch.compile(torch.nn.Linear(1, 1)))  # as packs of long ago
+    with torch.inference_mode():
+        expected, *outs = (
+            scenarios.euler(model, "LTX-Video", CONFIGS["LTX-Video"])["samples"] for model in (twin, compiled, old_way)
+        )
+    assert all(torch.equal(out, expected) for out in outs)
+    assert caplog.text.count("torch.compile has no effect on a Ray MODEL") == 2
