@@ -54,6 +54,18 @@ def save_tiny_bundle(path: Path, version: str) -> None:
     save_file(tensors, path, metadata={"config": json.dumps({**config, "vae": VAE_CONFIG})})
 
 
+def save_tiny_upscaler(path: Path) -> None:
+    """A latent upscaler of LTX's kind, to twice the rows and columns."""
+    import comfy.ops
+    from comfy.ldm.lightricks.latent_upsampler import LatentUpsampler
+    from safetensors.torch import save_file
+
+    config = {"in_channels": 128, "mid_channels": 32, "num_blocks_per_stage": 1, "dims": 3, "spatial_upsample": True}
+    model = LatentUpsampler.from_config(config, operations=comfy.ops.disable_weight_init)
+    randomise(model, 0)
+    save_file(model.state_dict(), path, metadata={"config": json.dumps(config)})
+
+
 def set_up_comfyui(path: str) -> None:
     """Make `comfy` importable, on the CPU, with default arguments."""
     if path not in sys.path:

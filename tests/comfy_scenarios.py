@@ -38,6 +38,14 @@ class LinearAudioVAE:
     """Audio of any kind to 25 latents a second."""
 
     audio_sample_rate = 16000
+    latent_channels = 8
+
+    class first_stage_model:  # noqa: N801 (ComfyUI's name)
+        latent_frequency_bins = 16
+
+        @staticmethod
+        def num_of_latents_from_frames(frames, frame_rate):
+            return max(1, round(25 * frames / frame_rate))
 
     def encode(self, waveform):
         tokens = max(1, waveform.shape[1] // 640)

@@ -1,10 +1,12 @@
 """Tests against a real ComfyUI, in its own environment: `scripts/test.sh` runs them where it finds both."""
 
 import importlib
+import importlib.util
 import sys
 
 import pytest
 import torch
+from comfy_browser import CHROMIUM, CHROMIUM_ARGUMENTS
 from comfy_checkout import find_comfyui
 
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -79,3 +81,17 @@ def on_device(comfy, tmp_path, monkeypatch):
     # Not in inference mode, which goes past a tensor's own dispatch.
     with torch.inference_mode(False), torch.no_grad():
         yield taking_the_disguise(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("no browser tests: the package playwright is not installed")
+    if not CHROMIUM.is_file():
+        pytest.skip(f"no browser tests: no {CHROMIUM}; set CHROMIUM_PATH")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()

@@ -5,7 +5,6 @@ RAYLTX_WRITE_EXAMPLES=1 writes what is made from example_workflows/*.json: the A
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from urllib.parse import quote
 
 import comfy_server
 import pytest
+from comfy_browser import SETTINGS, page_on
 from comfy_checkout import find_comfyui
 from comfy_models import save_tiny_checkpoint
 from comfy_server import ROOT, Server
@@ -28,46 +28,12 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 # with the unquoted one). This is the name that a browser gives to a second download from GitHub.
 PACK_FOLDER = "RayLTX-main(1)"
 PACK_URL = f"/extensions/{quote(PACK_FOLDER)}"
-CHROMIUM = Path(os.environ.get("CHROMIUM_PATH", "/usr/bin/chromium"))
-CHROMIUM_ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-WAIT_MS = 120_000
-
 WORKFLOWS = ROOT / "tests" / "comfyui" / "browser_workflows"
 EXAMPLES = ROOT / "example_workflows"
 EXAMPLE_NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
 WRITE_EXAMPLES = os.environ.get("RAYLTX_WRITE_EXAMPLES") == "1"
 
 MODEL_FOLDERS = ("checkpoints", "diffusion_models", "vae", "loras", "text_encoders", "latent_upscale_models")
-
-# No first-run dialogs; and in the pictures nothing but the graph.
-SETTINGS = {
-    "Comfy.TutorialCompleted": True,
-    "Comfy.Notification.ShowVersionUpdates": False,
-    "Comfy.Minimap.Visible": False,
-    "Comfy.Graph.CanvasInfo": False,
-    "Comfy.Graph.CanvasMenu": False,
-    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
-}
-
-# In every page: the nodes of the graph and of its subgraphs, and a node's widgets by name.
-HELPERS = """
-window.allNodes = () => [app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap((graph) => graph.nodes)
-window.widgetsOf = (node) =>
-  Object.fromEntries((node.widgets ?? []).filter((w) => w.serialize !== false).map((w) => [w.name, w.value]))
-window.load = async (workflow) => {
-  await app.loadGraphData(workflow)
-  return window.allNodes().filter((node) => !node.isSubgraphNode?.())
-    .map((node) => ({
-      type: node.type,
-      missing: !(node.type in LiteGraph.registered_node_types),
-      errors: !!node.has_errors, // a file that is not there, among others
-      widgets: window.widgetsOf(node),
-    }))
-}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -92,27 +58,8 @@ def server(comfy, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("no browser tests: the package playwright is not installed")
-    if not CHROMIUM.is_file():
-        pytest.skip(f"no browser tests: no {CHROMIUM}; set CHROMIUM_PATH")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def page(browser, server):
-    page = browser.new_page(viewport={"width": 1600, "height": 1000})
-    page.set_default_timeout(WAIT_MS)
-    page.add_init_script(HELPERS)
-    page.goto(server.url, wait_until="domcontentloaded")
-    page.wait_for_function("!!(window.app?.rootGraph && app.canvas && LiteGraph.registered_node_types.RayInitializer)")
-    return page
+    return page_on(browser, server, viewport={"width": 1600, "height": 1000})
 
 
 def _read(path: Path):

@@ -56,6 +56,11 @@ def image(seed, width, height, count):
     return (torch.rand(count, height, width, 3, generator=generator),)
 
 
+def sound(seconds):
+    waveform = torch.randn(1, 2, 16000 * seconds, generator=torch.Generator().manual_seed(7)) * 0.1
+    return ({"waveform": waveform, "sample_rate": 16000},)
+
+
 def masked(latent):
     mask = torch.ones(1, 1, *latent["samples"].shape[2:])
     mask[:, :, 1:, 1:3, 2:5] = 0.3
@@ -82,6 +87,8 @@ NODE_CLASS_MAPPINGS = {
     "TestAudioLatent": _node({"batch": _int(), "tokens": _int()}, ("LATENT",), audio_latent),
     "TestImage": _node({name: _int() for name in ("seed", "width", "height", "count")}, ("IMAGE",), image),
     "TestMasked": _node({"latent": ("LATENT",)}, ("LATENT",), masked),
+    "TestAudioVAE": _node({}, ("VAE",), lambda: (scenarios.LinearAudioVAE(),)),
+    "TestSound": _node({"seconds": _int(1)}, ("AUDIO",), sound),
     "TestVAE": _node({}, ("VAE",), lambda: (scenarios.LinearVAE(),)),
     "TestSigmas": _node({"text": ("STRING",)}, ("SIGMAS",), sigmas),
     "TestSave": _node({"latent": ("LATENT",), "name": ("STRING",)}, (), save, output_node=True),

@@ -1,0 +1,185 @@
+"""ComfyUI's official graphs for LTX, on tiny checkpoints: what is put in the place of files that nobody has here.
+
+The graphs are read from the packages that ComfyUI installs, and turned into prompts by its own frontend. Model files become tiny
+ones of the same version, text encoders become random text, media random pictures and sounds. Everything else stays as it is:
+samplers, sigmas, guiders, guides, LoRA nodes, upscaling between the stages.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from comfy_workflows import Workflow
+
+FRAMES, HEIGHT, WIDTH = 17, 160, 224
+STEPS = 4
+BUNDLE = "{version} bundle.safetensors"
+LORA = "{version}.safetensors"
+UPSCALER = "upscaler.safetensors"
+
+NAME = re.compile(r"ltx", re.IGNORECASE)
+# Of what names them: graphs that need models of others, or that run elsewhere.
+NOT_HERE = {
+    "template_image_speech_to_video": "needs cloud nodes for its speech",
+    "video_ltx2_depth_to_video": "needs the depth model Lotus",
+    "Depth to Video (ltx 2.0)": "needs the depth model Lotus",
+}
+
+
+@dataclass(frozen=True)
+class OfficialGraph:
+    name: str
+    path: Path
+    version: str
+
+
+def official_graphs(comfyui: Path) -> list[OfficialGraph]:
+    """All that are installed, but for those that run on Lightricks' servers (`api_`)."""
+    folders = [comfyui / "blueprints"]
+    package = importlib.util.find_spec("comfyui_workflow_templates_json")
+    if package is not None and package.submodule_search_locations:
+        folders.append(Path(next(iter(package.submodule_search_locations))) / "templates")
+    found = []
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            text = path.read_text()
+            if path.stem.startswith(("api_", "index")) or "LTXVConditioning" not in text:
+                continue
+            found.append(OfficialGraph(path.stem, path, _version_of(text)))
+    return found
+
+
+def _version_of(text: str) -> str:
+    for mark, version in (("ltx-2.5", "LTX-2.5"), ("ltx-2.3", "LTX-2.3"), ("ltx-2", "LTX-2")):
+        if mark in text:
+            return version
+    return "LTX-Video"
+
+
+class Prompt:
+    """A prompt in API form, of which parts are exchanged."""
+
+    def __init__(self, graph: dict, version: str) -> None:
+        self.nodes = copy.deepcopy(graph)
+        self.version = version
+        self.text_width = Workflow(version).text_width
+        self.masked = 3 if version == "LTX-Video" else -1
+
+    def add(self, class_type: str, **inputs) -> str:
+        key = f"tests {len(self.nodes)}"
+        self.nodes[key] = {"class_type": class_type, "inputs": inputs}
+        return key
+
+    def of(self, *class_types: str) -> list[str]:
+        return [key for key, node in self.nodes.items() if node["class_type"] in class_types]
+
+    def replace(self, key: str, class_type: str, **inputs) -> None:
+        self.nodes[key] = {"class_type": class_type, "inputs": inputs}
+
+    def redirect(self, key: str, output: int, target) -> None:
+        """Let everything that reads an output of a node read something else."""
+        for node in self.nodes.values():
+            for name, value in node["inputs"].items():
+                if value == [key, output]:
+                    node["inputs"][name] = target
+
+    def set(self, class_type: str, **values) -> None:
+        for key in self.of(class_type):
+            inputs = self.nodes[key]["inputs"]
+            inputs.update({name: value for name, value in values.items() if name in inputs})
+
+
+def made_small(graph: dict, version: str) -> Prompt:
+    """The prompt on tiny files, random text and media, with few steps and a small latent, which saves what it samples."""
+    prompt = Prompt(graph, version)
+    bundle = BUNDLE.format(version=version)
+    # ---- text and prompts
+    for number, key in enumerate(prompt.of("CLIPTextEncode")):
+        prompt.replace(key, "TestConditioning", seed=number + 1, width=prompt.text_width, masked=prompt.masked)
+    for key in prompt.of("LoraLoader"):  # on the text encoder: the MODEL goes past it
+        prompt.redirect(key, 0, prompt.nodes[key]["inputs"]["model"])
+    # ---- files
+    prompt.set("CheckpointLoaderSimple", ckpt_name=bundle)
+    prompt.set("UNETLoader", unet_name=f"{version}.safetensors", weight_dtype="default")
+    prompt.set("LoraLoaderModelOnly", lora_name=LORA.format(version=version))
+    prompt.set("LatentUpscaleModelLoader", model_name=UPSCALER)
+    for key in prompt.of("LTXVAudioVAELoader"):
+        prompt.replace(key, "TestAudioVAE")
+    for key in prompt.of("VAELoader"):
+        is_audio = "audio" in str(prompt.nodes[key]["inputs"]["vae_name"])
+        if is_audio:
+            prompt.replace(key, "TestAudioVAE")
+        else:
+            prompt.redirect(key, 0, [prompt.add("CheckpointLoaderSimple", ckpt_name=bundle), 2])
+    # ---- media
+    image = prompt.add("TestImage", seed=4, width=WIDTH, height=HEIGHT, count=1)
+    video = prompt.add("TestImage", seed=6, width=WIDTH, height=HEIGHT, count=FRAMES)
+    sound = prompt.add("TestSound", seconds=1)
+    for key in prompt.of("LoadImage"):
+        prompt.redirect(key, 0, [image, 0])
+    for key in prompt.of("GetVideoComponents"):
+        for output, target in enumerate(([video, 0], [sound, 0])):
+            prompt.redirect(key, output, target)
+        prompt.redirect(key, 2, 25.0)
+    for key in prompt.of("LoadAudio", "RecordAudio"):
+        prompt.redirect(key, 0, [sound, 0])
+    # ---- sizes and steps
+    for kind in ("EmptyLTXVLatentVideo", "LTXVImgToVideo"):
+        prompt.set(kind, width=WIDTH, height=HEIGHT, length=FRAMES, batch_size=1)
+    prompt.set("LTXVEmptyLatentAudio", frames_number=FRAMES, frame_rate=25.0, batch_size=1)
+    prompt.set("ResizeImagesByLongerEdge", longer_edge=WIDTH)
+    for kind in ("LTXVScheduler", "KSampler", "BasicScheduler"):
+        prompt.set(kind, steps=STEPS)
+    # ---- what is compared
+    for number, key in enumerate(prompt.of("SamplerCustomAdvanced", "SamplerCustom", "KSampler")):
+        prompt.add("TestSave", latent=[key, 0], name=f"{{kind}} {number}")
+    return prompt
+
+
+def missing_inputs(prompt: Prompt, needed: dict) -> None:
+    """Give blueprints, which have no media, some."""
+    image, video = (key for key in prompt.of("TestImage"))
+    for node in prompt.nodes.values():
+        for name, kind in needed.get(node["class_type"], {}).items():
+            if name not in node["inputs"] and kind == "IMAGE":
+                node["inputs"][name] = [video if "Canny" in node["class_type"] else image, 0]
+
+
+def saved(prompt: Prompt, kind: str) -> tuple[dict, list[str]]:
+    """The nodes that lead to what is compared, and the names under which that is saved."""
+    nodes = copy.deepcopy(prompt.nodes)
+    names, reached = [], {}
+    for key in prompt.of("TestSave"):
+        nodes[key]["inputs"]["name"] = nodes[key]["inputs"]["name"].format(kind=kind)
+        names.append(nodes[key]["inputs"]["name"])
+        todo = [key]
+        while todo:
+            found = todo.pop()
+            if found in reached:
+                continue
+            reached[found] = nodes[found]
+            links = (v for v in nodes[found]["inputs"].values() if isinstance(v, list) and len(v) == 2)
+            todo += [link[0] for link in links if link[0] in nodes]
+    return reached, names
+
+
+def on_workers(prompt: Prompt, workers: int = 2) -> Prompt:
+    """The same with our loaders in the place of ComfyUI's, and nothing else changed."""
+    prompt = copy.deepcopy(prompt)
+    init = prompt.add(
+        "RayInitializer", ray_cluster_address="local", ray_cluster_namespace="default", GPU=workers,
+        ulysses_degree=workers, ring_degree=1, cfg_degree=1, device="cpu",
+    )  # fmt: skip
+    for key in prompt.of("CheckpointLoaderSimple"):
+        prompt.replace(
+            key, "RayCheckpointLoader", ckpt_name=prompt.nodes[key]["inputs"]["ckpt_name"], ray_actors_init=[init, 0]
+        )
+    for key in prompt.of("UNETLoader"):
+        inputs = prompt.nodes[key]["inputs"]
+        prompt.replace(key, "RayUNETLoader", **inputs, ray_actors_init=[init, 0])
+        prompt.redirect(key, 0, [key, 1])
+    return prompt
