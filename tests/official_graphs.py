@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import re
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from comfy_workflows import Workflow
 
-FRAMES, HEIGHT, WIDTH = 17, 160, 224
+FRAMES, HEIGHT, WIDTH = 17, 128, 192  # 4 by 6 latents, which IC-LoRAs halve
 STEPS = 4
 BUNDLE = "{version} bundle.safetensors"
 LORA = "{version}.safetensors"
 UPSCALER = "upscaler.safetensors"
 
-NAME = re.compile(r"ltx", re.IGNORECASE)
 # Of what names them: graphs that need models of others, or that run elsewhere.
 NOT_HERE = {
     "template_image_speech_to_video": "needs cloud nodes for its speech",
@@ -47,10 +46,16 @@ def official_graphs(comfyui: Path) -> list[OfficialGraph]:
     for folder in folders:
         for path in sorted(folder.glob("*.json")):
             text = path.read_text()
-            if path.stem.startswith(("api_", "index")) or "LTXVConditioning" not in text:
-                continue
-            found.append(OfficialGraph(path.stem, path, _version_of(text)))
+            if not path.stem.startswith(("api_", "index")) and "LTXVConditioning" in text and _samples_ltx(text):
+                found.append(OfficialGraph(path.stem, path, _version_of(text)))
     return found
+
+
+def _samples_ltx(text: str) -> bool:
+    """Whether it has a node of LTX's, and not only the remains of another workflow."""
+    workflow = json.loads(text)
+    graphs = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
+    return any(node["type"] == "LTXVConditioning" for graph in graphs for node in graph["nodes"])
 
 
 def _version_of(text: str) -> str:
@@ -93,7 +98,7 @@ class Prompt:
             inputs.update({name: value for name, value in values.items() if name in inputs})
 
 
-def made_small(graph: dict, version: str) -> Prompt:
+def made_small(graph: dict, version: str, object_info: dict) -> Prompt:
     """The prompt on tiny files, random text and media, with few steps and a small latent, which saves what it samples."""
     prompt = Prompt(graph, version)
     bundle = BUNDLE.format(version=version)
@@ -127,26 +132,24 @@ def made_small(graph: dict, version: str) -> Prompt:
         prompt.redirect(key, 2, 25.0)
     for key in prompt.of("LoadAudio", "RecordAudio"):
         prompt.redirect(key, 0, [sound, 0])
+    for key in prompt.of("MoGeRender"):  # pictures that another model makes
+        prompt.redirect(key, 0, [video, 0])
+    for node in prompt.nodes.values():  # blueprints leave their media open
+        for name, kind in object_info.get(node["class_type"], {}).get("input", {}).get("required", {}).items():
+            if name not in node["inputs"] and ("IMAGE" in str(kind[0]) or "MATCHTYPE" in str(kind[0])):
+                node["inputs"][name] = [image, 0]
     # ---- sizes and steps
     for kind in ("EmptyLTXVLatentVideo", "LTXVImgToVideo"):
         prompt.set(kind, width=WIDTH, height=HEIGHT, length=FRAMES, batch_size=1)
     prompt.set("LTXVEmptyLatentAudio", frames_number=FRAMES, frame_rate=25.0, batch_size=1)
     prompt.set("ResizeImagesByLongerEdge", longer_edge=WIDTH)
+    prompt.set("RepeatImageBatch", amount=1)
     for kind in ("LTXVScheduler", "KSampler", "BasicScheduler"):
         prompt.set(kind, steps=STEPS)
     # ---- what is compared
     for number, key in enumerate(prompt.of("SamplerCustomAdvanced", "SamplerCustom", "KSampler")):
         prompt.add("TestSave", latent=[key, 0], name=f"{{kind}} {number}")
     return prompt
-
-
-def missing_inputs(prompt: Prompt, needed: dict) -> None:
-    """Give blueprints, which have no media, some."""
-    image, video = (key for key in prompt.of("TestImage"))
-    for node in prompt.nodes.values():
-        for name, kind in needed.get(node["class_type"], {}).items():
-            if name not in node["inputs"] and kind == "IMAGE":
-                node["inputs"][name] = [video if "Canny" in node["class_type"] else image, 0]
 
 
 def saved(prompt: Prompt, kind: str) -> tuple[dict, list[str]]:

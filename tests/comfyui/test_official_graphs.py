@@ -73,7 +73,7 @@ def test_an_official_graph_gives_the_same(server, page, table, graph):
     api = page.evaluate(
         "async (w) => { await app.loadGraphData(w); return (await app.graphToPrompt()).output }", workflow
     )
-    whole = made_small(api, graph.version)
+    whole = made_small(api, graph.version, server.get("/object_info"))
     outputs = []
     for kind, prompt in (("whole", whole), ("workers", on_workers(whole))):
         nodes, names = saved(prompt, f"{graph.name} {kind}")
