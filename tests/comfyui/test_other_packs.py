@@ -16,7 +16,7 @@ from other_packs import LEFT_OUT, OF_OTHER_MODELS, Trial, load_packs, packs_fold
 from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
-VERSIONS = ["LTX-Video", "LTX-2.3"]
+VERSIONS = ["LTX-Video", "LTX-2", "LTX-2.3"]
 
 
 def test_nodes_of_other_packs_give_the_same_or_are_refused(models, tmp_path):
