@@ -57,6 +57,12 @@ class Cluster:
         if request.address == LOCAL:
             object_store_bytes(request.object_store_bytes, request.kept_shared_memory)
         if current is not None:
+            if current.is_alive():
+                logger.warning(
+                    "ending the %d workers, for others that differ in %s. A graph with two Ray Init Actors that differ does this "
+                    "in every run, and loads its models again: give them the same settings",
+                    current.request.workers, ", ".join(request.differences(current.request)),
+                )  # fmt: skip
             current.shutdown()
         cls._current = cls(request)
         return cls._current

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -61,6 +61,10 @@ class ClusterRequest:
         """What the GPUs of `gpus` are called; () where there are none, or they are another machine's."""
         names = dict(zip(self.kind.visible(), self.kind.names())) if self.address == LOCAL and not self.on_cpu else {}
         return tuple(names[gpu] for gpu in self.gpus()) if names else ()
+
+    def differences(self, other: ClusterRequest) -> list[str]:
+        """The fields, by name, in which another request asks for something else."""
+        return [each.name for each in fields(self) if getattr(self, each.name) != getattr(other, each.name)]
 
     @property
     def kept_shared_memory(self) -> int:

@@ -1,5 +1,6 @@
 """Real Ray, real processes: sharing, failing, and going on."""
 
+import dataclasses
 import logging
 import os
 import signal
@@ -269,6 +270,13 @@ def test_a_truncated_file_fails_before_any_worker_is_asked(tmp_path, checkpoint_
 
 def test_the_same_request_gets_the_same_workers(cluster):
     assert Cluster.start(cluster.request) is cluster
+
+
+def test_what_differs_between_requests_is_named(cluster):
+    """For the warning that one cluster takes the place of another."""
+    request = cluster.request
+    other = dataclasses.replace(request, workers=request.workers + 1, namespace="other")
+    assert other.differences(request) == ["workers", "namespace"] and request.differences(request) == []
 
 
 def test_two_clusters_live_side_by_side_and_leave_nothing(cluster, loaded, checkpoint_of):
