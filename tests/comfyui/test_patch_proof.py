@@ -185,3 +185,87 @@ def test_what_treats_tokens_by_themselves_is_shared_and_tried_once(patched, mode
     tried.clear()
     sample(models(version)[1], version)
     assert "trying the patches" not in tried, "nothing to prove without patches"
+
+
+# ---- what packs do besides
+
+
+class SmoothsFrames:
+    """Takes tokens for frames, rows and columns of the sampling's own size."""
+
+    def __call__(self, args, extra):
+        out = extra["original_block"](args)["img"]
+        video = out[0] if isinstance(out, tuple) else out
+        frames = video.reshape(video.shape[0], scenarios.FRAMES, scenarios.HEIGHT, scenarios.WIDTH, -1)
+        video = (0.5 * frames + 0.5 * frames.mean(1, keepdim=True)).flatten(1, 3)
+        return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
+
+
+def smoothed_over_frames(original):
+    def forward(x, *args, **kwargs):
+        out = original(x, *args, **kwargs)
+        frames = out.reshape(out.shape[0], scenarios.FRAMES, scenarios.HEIGHT, scenarios.WIDTH, -1)
+        return (0.5 * frames + 0.5 * frames.mean(1, keepdim=True)).flatten(1, 3)
+
+    return forward
+
+
+def smoothed_attention(model):
+    attention = block_of(model, 0).attn1
+    model.add_object_patch(
+        "diffusion_model.transformer_blocks.0.attn1.forward", smoothed_over_frames(attention.forward)
+    )
+
+
+@pytest.mark.parametrize("degrees", DEGREES)
+@pytest.mark.parametrize("version", ["LTX-Video", *VERSIONS[:1], *slow("LTX-2", "LTX-2.5")])
+def test_tokens_that_are_taken_for_frames(patched, caplog, version, degrees):
+    """Small inputs have another size than the patch is for: it is tried on the step's own."""
+    out, expected, plain = patched(version, degrees, smoothed_attention)
+    assert all(relative_error(mine, reference) <= TOLERANCE for mine, reference in zip(out, expected))
+    assert relative_error(expected[0], plain[0]) > 1e-3, "the patch does nothing"
+    assert "run on all tokens on every rank" in caplog.text
+    with pytest.raises(UnsupportedError, match=r"with patches_replace dit.*does not run there"):
+        patched(version, degrees, on_a_block(SmoothsFrames()))
+
+
+def changed_on_the_way(model):
+    """Wrappers around the model's call, which change what they pass on and what comes back."""
+    import comfy.patcher_extension
+
+    def around_the_call(executor, x, timestep, context, *args, **kwargs):
+        return executor(x, timestep, context * 1.1, *args, **kwargs)
+
+    def around_all(executor, x, *args, **kwargs):
+        return executor(x * 1.05, *args, **kwargs) * 0.9
+
+    kinds = comfy.patcher_extension.WrappersMP
+    model.add_wrapper_with_key(kinds.DIFFUSION_MODEL, "tests", around_the_call)
+    model.add_wrapper_with_key(kinds.APPLY_MODEL, "tests", around_all)
+
+
+def injected(model):
+    """What is put into the modules while they are in use, and taken out again."""
+    from comfy.patcher_extension import PatcherInjection
+
+    def inject(patcher):
+        feed_forward = patcher.model.diffusion_model.transformer_blocks[1].ff
+        original = feed_forward.forward
+        feed_forward.forward = lambda x: original(x) * 1.2
+
+    def eject(patcher):
+        vars(patcher.model.diffusion_model.transformer_blocks[1].ff).pop("forward", None)
+
+    model.set_injections("tests", [PatcherInjection(inject, eject)])
+
+
+@pytest.mark.parametrize("degrees", DEGREES)
+@pytest.mark.parametrize("apply", [changed_on_the_way, injected])
+@pytest.mark.parametrize("version", ["LTX-Video", *VERSIONS[:1], *slow("LTX-2", "LTX-2.5")])
+def test_wrappers_and_injections(patched, caplog, models, version, apply, degrees):
+    out, expected, plain = patched(version, degrees, apply)
+    assert all(relative_error(mine, reference) <= TOLERANCE for mine, reference in zip(out, expected))
+    assert relative_error(expected[0], plain[0]) > 1e-3, "the patch does nothing"
+    assert "all tokens on every rank" not in caplog.text
+    again = sample(models(version)[1].with_config(ParallelConfig(*degrees)), version)
+    assert all(relative_error(mine, reference) <= TOLERANCE for mine, reference in zip(again, plain)), "it stayed"
