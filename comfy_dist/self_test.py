@@ -23,9 +23,10 @@ from torch import Tensor
 
 from rayltx.comfy_dist.comfy_types import DiffusionModel
 from rayltx.comfy_dist.model_spec import has_audio, text_width
+from rayltx.devices import is_out_of_memory
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 from rayltx.diffusion_models.lightricks.random_weights import randomise
-from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
+from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, worst_error
 from rayltx.errors import SelfTestError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
@@ -272,6 +273,8 @@ def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: 
                 with own_attention_of(model, case):
                     whole = call(model, case, device)
             except Exception as error:  # of the installed ComfyUI, and the same on every rank
+                if is_out_of_memory(error):
+                    raise
                 refused = f"{type(error).__name__}: {error}"
                 logger.warning("%s is not tried: ComfyUI's own model does not run it (%s)", case.name, refused)
                 continue
@@ -283,7 +286,7 @@ def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: 
                 errors[case.name] = f"{type(error).__name__}: {error}"
                 continue
             assert len(whole) == len(in_shards)
-            errors[case.name] = max(map(relative_error, in_shards, whole))
+            errors[case.name] = worst_error(in_shards, whole)
     if not errors:
         raise SelfTestError(f"ComfyUI's own model runs no kind of input, so that nothing can be compared: {refused}")
     return errors

@@ -109,6 +109,7 @@ class RayCheckpointLoader:
         _ACTOR_TOOLTIPS[0],
     )
     FUNCTION = "load_ray_checkpoint"
+    _parts: Any = None  # of the last run
     DESCRIPTION = (
         "Takes the place of Load Checkpoint: the LTX model of the file goes onto the workers, its VAE and text encoder are "
         "ComfyUI's own."
@@ -136,12 +137,15 @@ class RayCheckpointLoader:
         max_vram_gb: float = 0.0,
     ) -> tuple[Any, ...]:
         require_packages()
-        from rayltx.comfy_dist.main_process.checkpoint_parts import CheckpointParts
+        from rayltx.comfy_dist.main_process.checkpoint_parts import CheckpointParts, check_is_bundle, source_of
         from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
 
         path = _path(ckpt_name, ("checkpoints",))
+        check_is_bundle(path)
+        if self._parts is not None and self._parts.source != source_of(path):
+            self._parts = None  # the memory of the last file's text encoder may be needed for this one's
         actors = load_actors(path, ray_actors_init, lora, max_vram_gb, kept_by(self), weight_dtype=weight_dtype)
-        self._parts = CheckpointParts.of(path, self.__dict__.get("_parts"))
+        self._parts = self._parts or CheckpointParts.of(path)
         return actors.model, self._parts.clip, self._parts.vae, actors
 
 

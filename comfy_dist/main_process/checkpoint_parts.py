@@ -9,6 +9,26 @@ from typing import Any
 import comfy.sd
 import folder_paths
 
+from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
+from rayltx.errors import InputError
+from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
+
+
+def source_of(path: str) -> tuple[str, int, int]:
+    """One state of one file."""
+    found = os.stat(path)
+    return os.path.realpath(path), found.st_mtime_ns, found.st_size
+
+
+def check_is_bundle(path: str) -> None:
+    """Raises InputError for a file whose transformer ComfyUI's loader of checkpoints would not find."""
+    prefix = open_model_file(path).prefix
+    if prefix != OFFICIAL_PREFIX:
+        raise InputError(
+            f"{path}: its tensors are named {prefix or 'without a prefix'!r}, and those of a checkpoint in one file "
+            f"{OFFICIAL_PREFIX!r}: it holds the model alone; load it with Load Diffusion Model (Ray), and the VAE with Load VAE"
+        )
+
 
 @dataclass(frozen=True)
 class CheckpointParts:
@@ -19,14 +39,10 @@ class CheckpointParts:
     vae: Any  # ComfyUI's VAE, which raises when it is used if the file has none
 
     @classmethod
-    def of(cls, path: str, kept: CheckpointParts | None) -> CheckpointParts:
-        """Load them, unless they are the kept ones. The transformer's weights are not touched."""
-        found = os.stat(path)
-        source = os.path.realpath(path), found.st_mtime_ns, found.st_size
-        if kept is not None and kept.source == source:
-            return kept
+    def of(cls, path: str) -> CheckpointParts:
+        """Load them. The transformer's weights are not touched."""
         _, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
             path, output_vae=True, output_clip=True, output_model=False,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )  # fmt: skip
-        return cls(source, clip, vae)
+        return cls(source_of(path), clip, vae)

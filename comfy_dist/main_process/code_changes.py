@@ -8,12 +8,15 @@ module is, and is forwarded as that; another attention for everything, as the ov
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import sys
+import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +24,64 @@ import torch
 from torch import nn
 
 _ATTENTION = "comfy.ldm.modules.attention"
-_FILES = tuple(
-    f"comfy.ldm.lightricks.{name}" for name in ("model", "av_model", "embeddings_connector", "symmetric_patchifier")
+_FILES = (
+    *(f"comfy.ldm.lightricks.{name}" for name in ("model", "av_model", "embeddings_connector", "symmetric_patchifier")),
+    "comfy.ldm.common_dit",
 )
-_CHOSEN_ATTENTION = ("optimized_attention", "optimized_attention_masked")  # names in the attention module
-_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-_STANDARD_LIBRARY = os.path.dirname(os.path.realpath(os.__file__)) + os.sep
+_CHOSEN_ATTENTION = "optimized_attention"
+_MASKED_ATTENTION = "optimized_attention_masked"  # which LTX models called up to ComfyUI 0.20
 _RUNS_HERE = ("forward",)  # of the model itself: around the call that goes to the workers
+_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+_STANDARD_LIBRARY = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
+_BY_ANOTHER_PACK = "(by another pack)"
+_WITHIN = ("__wrapped__", "func", "__func__", "_torchdynamo_orig_callable")  # what a wrapper has of what it wraps
+_DESCRIPTORS = (staticmethod, classmethod, property)
 
 _attention_module: Any = importlib.import_module(_ATTENTION)
-_as_imported = {name: getattr(_attention_module, name) for name in _CHOSEN_ATTENTION}
+_as_imported = {name: getattr(_attention_module, name, None) for name in (_CHOSEN_ATTENTION, _MASKED_ATTENTION)}
 
 
 def changed_methods(model: nn.Module) -> dict[str, types.FunctionType]:
     """Methods of the classes of a model's modules that are not ComfyUI's own, by module and method: `a.b.forward`."""
     found = {}
     for name, module in model.named_modules():
-        for kind in reversed(type(module).__mro__):
-            for method, function in _changed_methods_of(kind).items():
-                if name or method not in _RUNS_HERE:
-                    found[f"{name}.{method}".removeprefix(".")] = function
+        for method, function in _changed_methods_of(type(module)).items():
+            if name or method not in _RUNS_HERE:
+                _no_longer_by_name(function)
+                found[f"{name}.{method}".removeprefix(".")] = function
     return found
 
 
 def _changed_methods_of(kind: type) -> dict[str, types.FunctionType]:
-    if not kind.__module__.startswith("comfy.ldm."):
-        return {}
+    """Of those that an instance has: one of a base class may have another of its name before it."""
+    methods: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if base.__module__.startswith("comfy.ldm."):
+            for name, value in vars(base).items():
+                methods.setdefault(name, value)
     return {
         name: value
-        for name, value in vars(kind).items()
+        for name, value in methods.items()
         if isinstance(value, types.FunctionType) and not _is_dunder(name) and not is_of_comfyui(value)
     }
 
 
 def changed_attention() -> Callable[..., Any] | None:
     """The function that was put in the place of ComfyUI's choice of attention, for all models; None if there is none."""
-    for name, before in _as_imported.items():
-        now = getattr(_attention_module, name, None)
-        if now is not None and (now is not before or not is_of_comfyui(now)):
-            return now
-    return None
+    now = getattr(_attention_module, _CHOSEN_ATTENTION)
+    if not is_of_comfyui(now):
+        _no_longer_by_name(now)
+        return now
+    return now if now is not _as_imported[_CHOSEN_ATTENTION] else None
+
+
+def _no_longer_by_name(function: Any) -> None:
+    """Have it cross with its code. functools.wraps gives it the name of what it took the place of, under which a worker would
+    find its own.
+    """
+    if str(getattr(function, "__module__", "")).startswith("comfy."):
+        with contextlib.suppress(AttributeError):
+            function.__module__ = f"{function.__module__} {_BY_ANOTHER_PACK}"
 
 
 def in_place_of_kernel(function: Callable[..., Any], kernel: object, *args: object, **kwargs: object) -> object:
@@ -71,53 +92,74 @@ def in_place_of_kernel(function: Callable[..., Any], kernel: object, *args: obje
 def unforwardable_changes() -> list[str]:
     """What was changed and can be neither seen nor done by a worker, by name."""
     found = []
+    if not isinstance(torch.nn.functional.scaled_dot_product_attention, types.BuiltinFunctionType):
+        found.append("torch.nn.functional.scaled_dot_product_attention")
+    masked = getattr(_attention_module, _MASKED_ATTENTION, None)
+    if (
+        _reads_masked_attention()
+        and masked is not _as_imported[_MASKED_ATTENTION]
+        and masked is not changed_attention()
+    ):
+        found.append(f"{_ATTENTION}.{_MASKED_ATTENTION}")
     for name in _FILES:
         module = importlib.import_module(name)
-        for defined in sorted(_names_of(module.__file__ or "")):
+        for defined, source in sorted(_names_of(name).items()):
             value = vars(module).get(defined)
-            if isinstance(value, type):
-                if value.__module__.partition(".")[0] != "comfy" and not _is_installed(value):
+            if source is not None:
+                origin = getattr(sys.modules.get(source[0]), source[1], value)
+                if value is not origin:
+                    found.append(f"{name}.{defined}")
+            elif isinstance(value, type):
+                if value.__module__ != name:
                     found.append(f"{name}.{defined}, which is {value.__module__}.{value.__qualname__}")
-                elif value.__module__ == name:
+                else:
                     found += [f"{name}.{defined}.{method}" for method in _other_changes_of(value)]
-            elif callable(value) and not is_of_comfyui(value) and not _is_installed(value):
+            elif not is_of_comfyui(value):
                 found.append(f"{name}.{defined}")
     return found
 
 
 def _other_changes_of(kind: type) -> Iterator[str]:
+    """Of a class's own: constructors and the like, and methods that are more than functions."""
     for name, value in vars(kind).items():
-        functions = [getattr(value, part, None) for part in ("__func__", "fget", "func")]
-        function = value if isinstance(value, types.FunctionType) and _is_dunder(name) else None
-        for part in (function, *functions):
-            if isinstance(part, types.FunctionType) and not is_of_comfyui(part) and not _is_installed(part):
-                yield name
+        if isinstance(value, types.FunctionType):
+            parts: list[Any] = [value] if _is_dunder(name) else []
+        elif isinstance(value, _DESCRIPTORS):
+            parts = [getattr(value, part, None) for part in ("__func__", "fget", "fset")]
+        else:
+            parts = [value] if callable(value) and not isinstance(value, type) else []
+        if any(part is not None and not is_of_comfyui(part) and not _is_installed(part) for part in parts):
+            yield name
 
 
 def is_of_comfyui(value: object) -> bool:
-    """Whether a function's code, or what is callable in its place, is from ComfyUI's or torch's own files."""
-    file = _file_of(value)
-    return not file or file.startswith(("<", *_own_folders()))  # "<string>": made by dataclasses and the like
+    """Whether a function, with all that it wraps, or what is callable in its place, is from ComfyUI's or torch's own files."""
+    while value is not None:
+        file = _file_of(value)
+        if file.startswith("<"):  # made at run time: by whom?
+            home = str(getattr(value, "__globals__", {}).get("__name__", ""))
+            if home.partition(".")[0] not in ("comfy", "torch", *sys.stdlib_module_names):
+                return False
+        elif file and not file.startswith(_own_folders()):
+            return False
+        value = next((inner for part in _WITHIN if (inner := getattr(value, part, None)) is not None), None)
+    return True
 
 
 def _file_of(value: object) -> str:
-    while isinstance(value, (functools.partial, types.MethodType)) or (
-        not hasattr(value, "__code__") and hasattr(value, "__wrapped__")
-    ):
-        value = getattr(value, "func", None) or getattr(value, "__func__", None) or getattr(value, "__wrapped__", None)
     code = getattr(value, "__code__", None)
     if code is not None:
         return _real(code.co_filename)
+    if isinstance(value, (functools.partial, types.MethodType)) or hasattr(value, "__wrapped__"):
+        return ""  # what is within counts
     module = sys.modules.get(getattr(value, "__module__", None) or type(value).__module__)
     return _real(getattr(module, "__file__", None) or "")
 
 
 def _is_installed(value: object) -> bool:
-    """Whether it comes with Python or from an installed package."""
+    """Whether it comes with Python or from an installed package, as what enumerations and the like have of theirs."""
     file = _file_of(value)
-    if not file:  # made by C, or by something that is no module
-        return (getattr(value, "__module__", None) or "").partition(".")[0] in ("", *sys.stdlib_module_names)
-    return any(folder in file for folder in _INSTALLED) or file.startswith(_STANDARD_LIBRARY)
+    return not file or any(folder in file for folder in _INSTALLED) or file.startswith(_STANDARD_LIBRARY)
 
 
 @functools.cache
@@ -132,15 +174,32 @@ def _own_folders() -> tuple[str, ...]:
 
 
 @functools.cache
-def _names_of(file: str) -> frozenset[str]:
-    """What a source file defines and imports by itself: others may have put more into the module, which nothing calls."""
-    names: set[str] = set()
-    for statement in ast.parse(Path(file).read_bytes()).body:
+def _reads_masked_attention() -> bool:
+    return _MASKED_ATTENTION in _source_of("comfy.ldm.lightricks.model")
+
+
+@functools.cache
+def _source_of(module: str) -> str:
+    """The source of a module; "" where there is none to be read."""
+    file = getattr(importlib.import_module(module), "__file__", None)
+    try:
+        return Path(file).read_text(encoding="utf-8") if file and file.endswith(".py") else ""
+    except OSError:
+        return ""
+
+
+@functools.cache
+def _names_of(module: str) -> Mapping[str, tuple[str, str] | None]:
+    """What a module's source defines (None) or imports (from where, as what): others may have put more into the module."""
+    names: dict[str, tuple[str, str] | None] = {}
+    for statement in ast.parse(_source_of(module)).body:
         if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-            names.add(statement.name)
+            names[statement.name] = None
         elif isinstance(statement, ast.ImportFrom):
-            names |= {alias.asname or alias.name for alias in statement.names}
-    return frozenset(names)
+            relative = "." * statement.level + (statement.module or "")
+            origin = importlib.util.resolve_name(relative, module.rpartition(".")[0]) if statement.level else relative
+            names |= {alias.asname or alias.name: (origin, alias.name) for alias in statement.names}
+    return names
 
 
 def _is_dunder(name: str) -> bool:

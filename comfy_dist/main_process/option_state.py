@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_KNOWN_MODULES = ("torch", "numpy", "comfy", "einops", *sys.stdlib_module_names)  # that keep no state of a patch's
+_OF_EVERY_CLASS = ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slotnames__")
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _SMALL_BYTES = 4096  # of a tensor that is looked into
 _DEFAULT_STATE: Any = getattr(object, "__getstate__", None)  # from Python 3.11 on each object has one
@@ -38,22 +41,23 @@ class OptionState:
         """
         self._is_sent_whole, self._refer = is_sent_whole, refer
         self._kept: list[object] = []
-        self._seen: set[int] = set()
+        self._seen: dict[int, int] = {}  # in which order
         self.atoms = tuple(self._walk(options))
 
     def is_same(self, other: OptionState | None) -> bool:
         return other is not None and self.atoms == other.atoms
 
     def _walk(self, value: Any) -> Iterator[object]:
-        if isinstance(value, _PLAIN):
+        if type(value) in _PLAIN or isinstance(value, enum.Enum):
             yield type(value)
             yield value
             return
         # ComfyUI copies the containers at every step.
-        yield (type(value), len(value)) if isinstance(value, _CONTAINERS) else id(value)
+        yield (type(value), len(value)) if type(value) in _CONTAINERS else id(value)
         if id(value) in self._seen:
+            yield self._seen[id(value)]
             return
-        self._seen.add(id(value))
+        self._seen[id(value)] = len(self._seen)
         self._kept.append(value)
         for part in self._parts_of(value):
             yield from self._walk(part)
@@ -63,10 +67,10 @@ class OptionState:
             if value.nbytes > _SMALL_BYTES or value.device.type != "cpu":
                 raise Unknown  # what inference mode writes into it is not counted
             yield value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        elif isinstance(value, dict):
+        elif type(value) is dict:
             yield from value.keys()
             yield from value.values()
-        elif isinstance(value, (list, tuple, set, frozenset)):
+        elif type(value) in _CONTAINERS:
             yield from value
         elif isinstance(value, types.FunctionType):
             yield from self._parts_of_function(value)
@@ -74,11 +78,14 @@ class OptionState:
             yield from (value.__func__, value.__self__)
         elif isinstance(value, functools.partial):
             yield from (value.func, value.args, value.keywords)
-        elif isinstance(value, (types.BuiltinFunctionType, types.ModuleType)):
-            return
+        elif isinstance(value, types.ModuleType):
+            if value.__name__.partition(".")[0] not in _KNOWN_MODULES:
+                raise Unknown
+        elif isinstance(value, types.BuiltinFunctionType):
+            if not isinstance(value.__self__, (types.ModuleType, type(None))):
+                yield value.__self__
         elif isinstance(value, type):
-            if self._is_sent_whole(value):
-                yield from (part for part in vars(value).values() if isinstance(part, _PLAIN))
+            yield from self._parts_of_class(value)
         elif isinstance(value, nn.Module):
             if self._refer(value) is None:
                 raise Unknown
@@ -89,6 +96,7 @@ class OptionState:
         if not self._is_sent_whole(function):
             return
         yield function.__code__.co_code
+        yield vars(function)
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
         for cell in function.__closure__ or ():
@@ -96,7 +104,19 @@ class OptionState:
                 yield cell.cell_contents
             except ValueError:  # not filled in yet
                 yield None
-        yield from (function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__)
+        yield from (function.__globals__[name] for name in _names_in(function.__code__) if name in function.__globals__)
+
+    def _parts_of_class(self, kind: type) -> Iterator[object]:
+        for base in kind.__mro__:
+            if base is object or not self._is_sent_whole(base):
+                continue
+            for name, value in vars(base).items():
+                if isinstance(value, (staticmethod, classmethod)):
+                    yield value.__func__
+                elif isinstance(value, property):
+                    yield from (value.fget, value.fset)
+                elif name not in _OF_EVERY_CLASS:
+                    yield value
 
     def _parts_of_instance(self, value: Any) -> Iterator[object]:
         kind = type(value)
@@ -107,3 +127,11 @@ class OptionState:
             raise Unknown
         yield kind
         yield vars(value)
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    """The names that code reads, with those of functions and comprehensions within it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)

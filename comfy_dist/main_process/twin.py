@@ -190,8 +190,10 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
     def add_object_patch(self, name: str, obj: object) -> None:
         if type(obj).__name__ == "OptimizedModule":
             _say_that_nothing_is_compiled()
-        else:
-            super().add_object_patch(name, obj)
+            obj = getattr(obj, "_orig_mod", None)
+            if obj is self.get_model_object(name):
+                return
+        super().add_object_patch(name, obj)
 
     # ---- hooks: combined here, where their strengths are known, applied there
 

@@ -35,7 +35,7 @@ from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
 from rayltx.comfy_dist.main_process.memory_estimate import Replicated
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving
-from rayltx.comfy_dist.main_process.option_state import OptionState, Unknown
+from rayltx.comfy_dist.main_process.option_state import OptionState
 from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.self_test_record import prove_seam
@@ -170,7 +170,12 @@ class WorkerLink:
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         kept = remote_options(options)
         if self._in_place is not None and (override := self._in_place.attention_override()) is not None:
-            kept[OVERRIDE] = override  # whatever else overrides it is not asked then
+            if kept.get(OVERRIDE) is not None:
+                raise UnsupportedError(
+                    "another pack has put an attention of its own in the place of ComfyUI's, and this MODEL has an override of "
+                    "attention besides: which of them counts is the pack's own matter. Remove one of the two"
+                )
+            kept[OVERRIDE] = override
         inputs = StepInputs(
             arguments=arguments,
             changing_options={name: value for name, value in options.items() if name in CHANGING},
@@ -226,6 +231,8 @@ class WorkerLink:
         context = args[0]
         check_text_to_connect(self.base_model.diffusion_model, self.spec.model_version, context)
 
+        self._notice_changes()
+
         def connect(saving: MemorySaving | None) -> Tensor:
             load = self.memory.load_inputs(saving)
             call = ask(ComfyHost.preprocess_text, TextInputs(args, kwargs, load, changed_attention()))
@@ -236,6 +243,7 @@ class WorkerLink:
     def run_module(self, name: str, *args: object, **kwargs: object) -> object:
         """A module that prepares text, where a node calls it by itself. One worker is enough for it."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self._notice_changes()
 
         def run(saving: MemorySaving | None) -> object:
             load = self.memory.load_inputs(saving)
@@ -244,6 +252,15 @@ class WorkerLink:
 
         out = self.memory.text_on_one(run)
         return to_device(out, tensors[0].device) if tensors else out
+
+    def _notice_changes(self) -> None:
+        """Let the workers have what was changed in place, for calls before a run."""
+        register_unimportable_modules()
+        if self._in_place is not None:
+            state = self._sent_patches or PatchState()
+            in_place = self._in_place.object_patches(self.base_model.diffusion_model)
+            if any(state.object_patches.get(name) is not patch for name, patch in in_place.items()):
+                self._send_patches(dataclasses.replace(state, object_patches={**state.object_patches, **in_place}))
 
     def _options_key(self, options: Options) -> str:
         """The workers' name for the transformer options that stay the same, which they are sent when they change."""
@@ -268,7 +285,7 @@ class WorkerLink:
         """What the options are made of, where that can be seen without pickling them."""
         try:
             return OptionState(options, is_sent_whole, self.remote.source.refer or (lambda obj: None))
-        except Unknown:
+        except Exception:  # Unknown, or what looking into something strange raises
             return None
 
     def release(self) -> None:

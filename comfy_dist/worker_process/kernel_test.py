@@ -27,7 +27,7 @@ from rayltx.comfy_dist.self_test import Case, answer, cases_for, forward_argumen
 from rayltx.comfy_dist.wire import Difference
 from rayltx.devices import is_out_of_memory
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
-from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
+from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, worst_error
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
 logger = logging.getLogger(__name__)
@@ -104,10 +104,10 @@ def _error_and_noise(
     for seed in range(_NOISE_SAMPLES):
         renew()
         with rounded_otherwise(model, seed):
-            noise = max(noise, _worst_error(call(), whole))
+            noise = max(noise, worst_error(call(), whole))
     renew()
     with scope():
-        return _worst_error(call(), whole), noise
+        return worst_error(call(), whole), noise
 
 
 def _any_rank(flag: bool, group: SequenceParallelGroup, device: torch.device) -> bool:
@@ -203,7 +203,3 @@ def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     return [_in_dtype(item, dtype) for item in value] if isinstance(value, list) else value
-
-
-def _worst_error(answers: list[Tensor], references: list[Tensor]) -> float:
-    return max(map(relative_error, answers, references))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,3 +19,9 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
         return math.inf
     reference = reference.to(torch.float64)
     return ((out.to(torch.float64) - reference).norm() / reference.norm()).item()
+
+
+def worst_error(outs: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    """The largest error of several streams; infinite where one is not a number, which `max` may pass over."""
+    errors = [relative_error(out, reference) for out, reference in zip(outs, references, strict=True)]
+    return math.inf if any(map(math.isnan, errors)) else max(errors)

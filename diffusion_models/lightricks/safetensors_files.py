@@ -19,9 +19,11 @@ from torch import Tensor
 # As safetensors spells them, and the way back.
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
+    SAFETENSORS_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 _LENGTH_BYTES = 8  # of the header's length, in front of it
@@ -48,10 +50,11 @@ def open_safetensors(path: str | os.PathLike[str]) -> Iterator[SafetensorsFile]:
     try:
         opened: Any = safe_open(path, framework="pt")
     except SafetensorError:
-        with_tail = _WithTail.of(path)
-        if with_tail is None:
+        opened = _WithTail.of(path)
+        if opened is None:
             raise
-        yield with_tail
+    if isinstance(opened, _WithTail):
+        yield opened
         return
     with opened as file:
         yield _Whole(file)
@@ -98,11 +101,16 @@ class _WithTail:
                 key=lambda entry: entry["data_offsets"],
             ):
                 begin, after = entry["data_offsets"]
+                if not all(type(number) is int and number >= 0 for number in (begin, after, *entry["shape"])):
+                    return None
                 itemsize = SAFETENSORS_DTYPES[entry["dtype"]].itemsize
                 if begin != end or after - begin != math.prod(entry["shape"]) * itemsize:
                     return None
                 end = after
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             return None
         return cls(path, header, start) if start + end < size else None
 

@@ -162,7 +162,9 @@ def test_torch_compile_is_said_to_have_no_effect(models, caplog):
     schema = {"backend": "inductor"} if "backend" in inspect.signature(node.execute).parameters else {}
     compiled = scenarios.node("comfy_extras.nodes_torch_compile", "TorchCompileModel")(model=twin, **schema)[0]
     old_way = compiled.clone()
-    old_way.add_object_patch("diffusion_model", torch.compile(torch.nn.Linear(1, 1)))  # as packs of long ago
+    old_way.add_object_patch(
+        "diffusion_model", torch.compile(twin.get_model_object("diffusion_model"))
+    )  # as packs of long ago
     with torch.inference_mode():
         expected, *outs = (
             scenarios.euler(model, "LTX-Video", CONFIGS["LTX-Video"])["samples"] for model in (twin, compiled, old_way)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from unittest import mock
@@ -61,6 +62,20 @@ def text_attention_of_a_class(version):
     return mock.patch.object(kind, "forward", forward)
 
 
+def decorated_blocks_of_a_class(version):
+    """By a decorator of torch's, and under one of functools'."""
+    kind = block_class(version)
+    original = kind.forward
+
+    @torch.no_grad()
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        out = original(*args, **kwargs)
+        return (out[0] * 1.1, *out[1:]) if isinstance(out, tuple) else out * 1.1
+
+    return mock.patch.object(kind, "forward", forward)
+
+
 def attention_of_everything(version):
     from comfy.ldm.modules import attention
 
@@ -80,7 +95,14 @@ def another_of_comfyuis_attentions(version):
 
 @pytest.mark.parametrize("degrees", DEGREES)
 @pytest.mark.parametrize(
-    "change", [blocks_of_a_class, text_attention_of_a_class, attention_of_everything, another_of_comfyuis_attentions]
+    "change",
+    [
+        blocks_of_a_class,
+        decorated_blocks_of_a_class,
+        text_attention_of_a_class,
+        attention_of_everything,
+        another_of_comfyuis_attentions,
+    ],
 )
 @pytest.mark.parametrize("version", ["LTX-Video", "LTX-2.3", *slow("LTX-2", "LTX-2.5")])
 def test_what_packs_exchange_in_comfyuis_code_reaches_the_workers(models, version, change, degrees):
@@ -112,6 +134,23 @@ def test_what_is_forwarded_is_told_once(models, caplog):
     ]
 
 
+def test_a_base_class_does_not_stand_in_for_what_has_another(models):
+    """LTX-Video's own method, which the audio-video model has another of."""
+    from rayltx.comfy_dist.main_process.code_changes import changed_methods
+
+    base = lightricks().LTXVModel
+    with mock.patch.object(base, "_process_input", lambda self, *args, **kwargs: None):
+        assert "_process_input" not in changed_methods(models("LTX-2.3")[1].model.diffusion_model)
+        assert "_process_input" in changed_methods(models("LTX-Video")[1].model.diffusion_model)
+
+
+def test_a_packs_attention_and_an_override_are_refused_together(models):
+    twin = models("LTX-Video")[1].clone()
+    twin.model_options["transformer_options"]["optimized_attention_override"] = scenarios.doubled_scale_attention
+    with attention_of_everything("LTX-Video"), pytest.raises(UnsupportedError, match="Remove one of the two"):
+        sample(twin, "LTX-Video")
+
+
 def test_text_is_prepared_by_what_packs_exchanged(models):
     models_of_both = [model.model.diffusion_model for model in models("LTX-2")[:2]]
     context = torch.randn(1, 9, CONFIGS["LTX-2"]["caption_channels"])
@@ -121,6 +160,15 @@ def test_text_is_prepared_by_what_packs_exchanged(models):
             expected, out = (model.preprocess_text_embeds(context) for model in models_of_both)
     assert relative_error(expected, plain) > 1e-3, "the change does nothing"
     assert relative_error(out, expected) <= TOLERANCE
+
+
+def attention_of_torch(version):
+    original = torch.nn.functional.scaled_dot_product_attention
+    return mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: original(*a, **k))
+
+
+def imports(version):
+    return mock.patch.object(lightricks(), "rearrange", lambda x, *args, **kwargs: x)
 
 
 def functions(version):
@@ -140,6 +188,8 @@ def constructors(version):
 @pytest.mark.parametrize(
     "change, words",
     [
+        (attention_of_torch, "torch.nn.functional.scaled_dot_product_attention"),
+        (imports, "comfy.ldm.lightricks.model.rearrange"),
         (functions, "comfy.ldm.lightricks.model.apply_rotary_emb"),
         (classes, "comfy.ldm.lightricks.model.FeedForward, which is other_pack.Other"),
         (constructors, "comfy.ldm.lightricks.model.FeedForward.__init__"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import comfy_scenarios as scenarios
 import pytest
@@ -72,6 +73,46 @@ def test_every_change_is_seen(state_of, monkeypatch, inference_mode):
         options["patches_replace"]["dit"][3] = None
         assert not state_of(options).is_same(before)
         assert not state_of(options_with(flag, weights, tables, 1.0)).is_same(before), "other objects"
+
+
+class Base:
+    flags: ClassVar[dict] = {"on": False}
+
+
+class Derived(Base):
+    def __call__(self, args, extra):
+        return COUNT["of calls"]
+
+
+def test_a_flag_is_seen_wherever_it_is(state_of, monkeypatch):
+    def plain():
+        return 1
+
+    def nested():
+        return [COUNT["of calls"] for _ in range(2)]
+
+    first, second = [1], [2]
+    derived, table = Derived(), {"a": 1}
+    options = {
+        "plain": plain, "nested": nested, "derived": derived, "regions": [first, second], "current": first, "get": table.get
+    }  # fmt: skip
+
+    def change_all():
+        yield lambda: setattr(plain, "on", True), lambda: delattr(plain, "on")
+        yield lambda: COUNT.update({"of calls": 1}), lambda: COUNT.update({"of calls": 0})
+        yield lambda: Base.flags.update(on=True), lambda: Base.flags.update(on=False)
+        yield lambda: options.update(current=second), lambda: options.update(current=first)
+        yield lambda: table.update(a=2), lambda: table.update(a=1)
+
+    before = state_of(options)
+    for number, (change, undo) in enumerate(change_all()):
+        change()
+        assert not state_of(options).is_same(before), number
+        undo()
+        assert state_of(options).is_same(before), number
+    nested_alone = state_of({"nested": nested})
+    monkeypatch.setitem(COUNT, "of calls", 3)
+    assert not state_of({"nested": nested}).is_same(nested_alone)
 
 
 @pytest.mark.parametrize(

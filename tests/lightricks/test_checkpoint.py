@@ -103,6 +103,8 @@ def test_bytes_behind_a_whole_file_are_left_alone(saved, tmp_path, tail):
         {"data_offsets": [4, 8]},  # a hole in front of it
         {"data_offsets": [0, 4_000_000]},
         {"data_offsets": [0, -4]},
+        {"shape": [-1, -1]},
+        {"shape": [1.0]},
         {"shape": [2]},
         {"shape": ["1"]},
         {"dtype": "F33"},
