@@ -122,8 +122,9 @@ def _other_parameters() -> Iterator[str]:
             found = inspect.signature(_find(name)).parameters  # type: ignore[arg-type]
         except Exception:
             continue
-        if any(each.kind is each.VAR_KEYWORD for each in found.values()) and "self" in found and len(found) <= 3:
-            continue  # of another pack, which passes all on
+        kinds = {each.kind for each in found.values()}
+        if {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds:
+            continue  # another pack's, which passes all on
         for parameter in parameters:
             if parameter not in found:
                 yield f"{name}({parameter}=)"

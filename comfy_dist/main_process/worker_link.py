@@ -162,6 +162,11 @@ class WorkerLink:
         arguments.pop("self")
         arguments.update(arguments.pop("kwargs", {}))
         options: Options = dict(arguments.pop("transformer_options", None) or {})
+        if "x" not in arguments:
+            raise UnsupportedError(
+                f"another pack has put a function in the place of {type(model).__name__}._forward that does not have its "
+                "parameters: its calls cannot be sent to the workers. Start ComfyUI without it"
+            )
         x = arguments["x"]
         check_inputs(model, self.spec.model_version, x, arguments.get("context"))
         self.memory.latent_shape = estimated_shape(x)

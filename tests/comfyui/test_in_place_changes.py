@@ -82,6 +82,7 @@ def attention_of_everything(version):
     original = attention.attention_pytorch
 
     def sharper(q, k, v, heads, *args, **kwargs):
+        q, k, v = (part if isinstance(part, torch.Tensor) else part.take() for part in (q, k, v))  # newer versions' way
         return original(q * 1.5, k, v, heads, *args, **kwargs)
 
     return mock.patch.multiple(attention, optimized_attention=sharper, optimized_attention_masked=sharper)
