@@ -67,7 +67,7 @@ from rayltx.distributed_worker.worker_calls import ask, ask_together
 
 def calls(model: RemoteModel, load: LoadInputs, sent: SentPatches) -> None:
     model.set_up("patches", ask(ComfyHost.set_patches, sent), "patches")
-    width: int = model.call(ask(ComfyHost.preprocess_text, TextInputs((), {}, load)), "text")[0].shape[-1]
+    width: int = model.call(ask(ComfyHost.preprocess_text, TextInputs((), {}, load, None)), "text")[0].shape[-1]
 """
 WRONG = {
     "    model.call(ask(ComfyHost.set_patch, sent), 'a misspelt method')": "attr-defined",
