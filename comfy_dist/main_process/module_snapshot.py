@@ -61,6 +61,26 @@ def _methods_of(module: nn.Module) -> dict[str, object]:
     return {name: value for name, value in vars(module).items() if callable(value) and not isinstance(value, type)}
 
 
+class QuickState:
+    """Of a model's modules, what can be compared at every step: classes, forwards, numbers of hooks, and the list of blocks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._state = self._now(model)
+
+    def is_same(self, model: nn.Module) -> bool:
+        return self._now(model) == self._state
+
+    def _now(self, model: nn.Module) -> list[object]:
+        state: list[object] = [id(part) for part in vars(model)["_modules"].values()]
+        state += map(id, model.transformer_blocks)  # type: ignore[arg-type]
+        for module in self._modules:
+            own = vars(module)
+            hooks = len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
+            state.append((type(module), id(own.get("forward")), id(type(module).forward), hooks))
+        return state
+
+
 class ModuleSnapshot:
     """A model's modules as they were loaded. It holds none of them."""
 

@@ -35,6 +35,7 @@ from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
 from rayltx.comfy_dist.main_process.memory_estimate import Replicated
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving
+from rayltx.comfy_dist.main_process.module_snapshot import QuickState
 from rayltx.comfy_dist.main_process.option_state import OptionState
 from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
@@ -81,6 +82,7 @@ class WorkerLink:
         self._patches_digest = b""
         self._proofs = PatchProofs()
         self._in_place: InPlaceChanges | None = None
+        self._at_start: QuickState | None = None  # of a run
         self._sent_options: tuple[str, Message, bytes] | None = None  # their key, themselves, and their digest
         self._options_state: OptionState | None = None
         self.hooks = SentHooks(remote)
@@ -103,6 +105,7 @@ class WorkerLink:
         in_place: dict[str, object] = {}
         if self._in_place is not None:
             in_place = self._in_place.object_patches(self.base_model.diffusion_model)
+        self._at_start = QuickState(self.base_model.diffusion_model)
         self.move(patcher.placement)
         state = patch_state_of(patcher)
         self._send_patches(dataclasses.replace(state, object_patches={**in_place, **state.object_patches}))
@@ -168,6 +171,11 @@ class WorkerLink:
                 "parameters: its calls cannot be sent to the workers. Start ComfyUI without it"
             )
         x = arguments["x"]
+        if self._at_start is not None and not self._at_start.is_same(model):
+            raise UnsupportedError(
+                "a node changes this MODEL's modules around each step, which the workers do not see; remove it, or use ComfyUI's "
+                "own loader for this graph"
+            )
         check_inputs(model, self.spec.model_version, x, arguments.get("context"))
         self.memory.latent_shape = estimated_shape(x)
         self.memory.replicated = Replicated.of(x, arguments.get("context"))

@@ -216,6 +216,30 @@ def test_an_untouched_comfyui_is_not_taken_for_changed(models, version):
 # ---- as nodes do it with a MODEL
 
 
+def blocks_in_a_list(model):
+    """As caches of the first block do: other blocks for the time of a call."""
+    blocks = torch.nn.ModuleList([torch.nn.Identity()])
+    return mock.patch.dict(vars(model)["_modules"], transformer_blocks=blocks)
+
+
+def forward_for_a_call(model):
+    return mock.patch.dict(vars(model.transformer_blocks[0].attn1), forward=lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize("change", [blocks_in_a_list, forward_for_a_call])
+def test_what_is_changed_around_a_call_is_refused(models, change):
+    twin = models("LTX-Video")[1].clone()
+
+    def around(apply_model, arguments):
+        with change(twin.model.diffusion_model):
+            return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    twin.set_model_unet_function_wrapper(around)
+    with pytest.raises(UnsupportedError, match="changes this MODEL's modules around each step"):
+        sample(twin, "LTX-Video")
+    sample(models("LTX-Video")[1], "LTX-Video")
+
+
 @pytest.mark.parametrize("version", ["LTX-Video", *slow("LTX-2.3")])
 def test_a_method_that_was_set_on_a_block_reaches_the_workers(models, version):
     whole, twin = models(version)[:2]
