@@ -23,6 +23,8 @@ constructor wants more arrives from Ray as `UnserializableException`, past every
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class RayLTXError(Exception):
     """Base of all."""
@@ -86,3 +88,9 @@ class WorkerStuck(ClusterError):
 
 class ExchangeError(ClusterError):
     """The message names the rank, and the kind of message."""
+
+
+def listed(items: Sequence[str], most: int = 4, separator: str = ", ") -> str:
+    """The first of many, and how many more there are, for a message."""
+    more = f"{separator}and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more

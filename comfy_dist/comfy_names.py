@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from typing import Any
 
 # Used by name. `tests/comfyui/test_comfy_names.py` compares this with the source.
 USED = (
@@ -105,29 +105,25 @@ SEAM = {
 
 def missing_names() -> list[str]:
     """What the installed ComfyUI does not have of it, or has otherwise. Imports what it looks at."""
-    return [*_absent((*USED, *REPLACED, *SEAM)), *_other_parameters()]
-
-
-def _absent(names: tuple[str, ...]) -> Iterator[str]:
-    for name in names:
+    absent, other = [], []
+    for name in (*USED, *REPLACED, *SEAM):
         try:
-            _find(name)
+            found = _find(name)
         except Exception:  # importing raises anything
-            yield name
-
-
-def _other_parameters() -> Iterator[str]:
-    for name, parameters in SEAM.items():
-        try:
-            found = inspect.signature(_find(name)).parameters  # type: ignore[arg-type]
-        except Exception:
+            absent.append(name)
             continue
-        kinds = {each.kind for each in found.values()}
-        if {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds:
-            continue  # another pack's, which passes all on
-        for parameter in parameters:
-            if parameter not in found:
-                yield f"{name}({parameter}=)"
+        other += [f"{name}({parameter}=)" for parameter in _missing_parameters(found, SEAM.get(name, ()))]
+    return absent + other
+
+
+def _missing_parameters(function: Any, wanted: tuple[str, ...]) -> list[str]:
+    if not wanted:
+        return []
+    found = inspect.signature(function).parameters
+    kinds = {each.kind for each in found.values()}
+    if {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds:
+        return []  # another pack's, which passes all on
+    return [parameter for parameter in wanted if parameter not in found]
 
 
 def _find(name: str) -> object:

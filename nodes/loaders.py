@@ -137,12 +137,13 @@ class RayCheckpointLoader:
         max_vram_gb: float = 0.0,
     ) -> tuple[Any, ...]:
         require_packages()
-        from rayltx.comfy_dist.main_process.checkpoint_parts import CheckpointParts, check_is_bundle, source_of
+        from rayltx.comfy_dist.main_process.checkpoint_parts import CheckpointParts, check_is_bundle
+        from rayltx.comfy_dist.main_process.loaded_models import FileState
         from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
 
         path = _path(ckpt_name, ("checkpoints",))
-        check_is_bundle(path)
-        if self._parts is not None and self._parts.source != source_of(path):
+        if self._parts is None or self._parts.source != FileState.of(path):
+            check_is_bundle(path)
             self._parts = None  # the memory of the last file's text encoder may be needed for this one's
         actors = load_actors(path, ray_actors_init, lora, max_vram_gb, kept_by(self), weight_dtype=weight_dtype)
         self._parts = self._parts or CheckpointParts.of(path)

@@ -41,7 +41,9 @@ window.load = async (workflow) => {
 
 
 def page_on(browser, server, **options):
-    """A page of the frontend, loaded, with the helpers."""
+    """A page of the frontend, loaded, with the helpers and the settings."""
+    for name, value in SETTINGS.items():
+        server.post(f"/settings/{name}", value)
     page = browser.new_page(**options)
     page.set_default_timeout(WAIT_MS)
     page.add_init_script(HELPERS)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.sd
 import folder_paths
 
+from rayltx.comfy_dist.main_process.loaded_models import FileState
 from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
 from rayltx.errors import InputError
 from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
-
-
-def source_of(path: str) -> tuple[str, int, int]:
-    """One state of one file."""
-    found = os.stat(path)
-    return os.path.realpath(path), found.st_mtime_ns, found.st_size
 
 
 def check_is_bundle(path: str) -> None:
@@ -34,7 +28,7 @@ def check_is_bundle(path: str) -> None:
 class CheckpointParts:
     """Loaded from one state of one file."""
 
-    source: tuple[str, int, int]
+    source: FileState
     clip: Any  # ComfyUI's CLIP; None where the file has none
     vae: Any  # ComfyUI's VAE, which raises when it is used if the file has none
 
@@ -45,4 +39,4 @@ class CheckpointParts:
             path, output_vae=True, output_clip=True, output_model=False,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )  # fmt: skip
-        return cls(source_of(path), clip, vae)
+        return cls(FileState.of(path), clip, vae)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rayltx.comfy_dist.main_process.module_snapshot import RUNS_HERE
+
 _ATTENTION = "comfy.ldm.modules.attention"
 _FILES = (
     *(f"comfy.ldm.lightricks.{name}" for name in ("model", "av_model", "embeddings_connector", "symmetric_patchifier")),
@@ -30,7 +32,6 @@ _FILES = (
 )
 _CHOSEN_ATTENTION = "optimized_attention"
 _MASKED_ATTENTION = "optimized_attention_masked"  # which LTX models called up to ComfyUI 0.20
-_RUNS_HERE = ("forward",)  # of the model itself: around the call that goes to the workers
 _INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _STANDARD_LIBRARY = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
 _BY_ANOTHER_PACK = "(by another pack)"
@@ -44,9 +45,10 @@ _as_imported = {name: getattr(_attention_module, name, None) for name in (_CHOSE
 def changed_methods(model: nn.Module) -> dict[str, types.FunctionType]:
     """Methods of the classes of a model's modules that are not ComfyUI's own, by module and method: `a.b.forward`."""
     found = {}
+    by_class = {kind: _changed_methods_of(kind) for kind in {type(module) for module in model.modules()}}
     for name, module in model.named_modules():
-        for method, function in _changed_methods_of(type(module)).items():
-            if name or method not in _RUNS_HERE:
+        for method, function in by_class[type(module)].items():
+            if name or method != RUNS_HERE:
                 _no_longer_by_name(function)
                 found[f"{name}.{method}".removeprefix(".")] = function
     return found

@@ -25,7 +25,7 @@ from rayltx.comfy_dist.dtype_choices import FAST_FP8, WEIGHT_DTYPES
 from rayltx.comfy_dist.gguf_spec import GGUFSpec, keeps_blocks
 from rayltx.comfy_dist.model_spec import ComfySpec, build_base_model, missing_text_modules
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
-from rayltx.errors import CheckpointError, UnsupportedError
+from rayltx.errors import CheckpointError, UnsupportedError, listed
 from rayltx.expansion.comfyui_gguf.checkpoint import quantised_formats
 
 logger = logging.getLogger(__name__)
@@ -116,9 +116,8 @@ def check_names() -> None:
     """Raises UnsupportedError that names what this ComfyUI does not have of what is used of it."""
     missing = missing_names()
     if missing:
-        more = f", and {len(missing) - 6} more" if len(missing) > 6 else ""
         raise UnsupportedError(
-            f"ComfyUI {comfyui_version()} does not have, or has otherwise: {', '.join(missing[:6])}{more}. RayLTX calls these: "
+            f"ComfyUI {comfyui_version()} does not have, or has otherwise: {listed(missing, most=6)}. RayLTX calls these: "
             "update RayLTX, or use the newest ComfyUI that its page of compatible versions lists"
         )
 

@@ -123,10 +123,10 @@ def is_sent_whole(value: Any) -> bool:
 
     name = value.__module__ or ""
     file = getattr(sys.modules.get(name), "__file__", None)
-    if name and name not in sys.modules:
+    if "<" in value.__qualname__ or (name and name not in sys.modules):
         return True
-    if name.split(".")[0] == "rayltx" or "<" in value.__qualname__:
-        return "<" in value.__qualname__
+    if name.split(".")[0] == "rayltx":
+        return False
     return name == "__main__" or (isinstance(file, str) and not _is_importable(name, file, folder_paths.__file__))
 
 

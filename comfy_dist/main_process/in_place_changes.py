@@ -21,11 +21,9 @@ from rayltx.comfy_dist.main_process.code_changes import (
 )
 from rayltx.comfy_dist.main_process.forwarding import MODEL_PREFIX
 from rayltx.comfy_dist.main_process.module_snapshot import ModuleSnapshot
-from rayltx.errors import UnsupportedError
+from rayltx.errors import UnsupportedError, listed
 
 logger = logging.getLogger(__name__)
-
-_NAMED = 4  # of many
 
 
 class InPlaceChanges:
@@ -40,10 +38,9 @@ class InPlaceChanges:
         """What was set in place of modules' methods, as object patches. Raises UnsupportedError that names anything else."""
         changes = self._as_loaded.changes(model) + unforwardable_changes()
         if changes:
-            more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
             raise UnsupportedError(
                 "a node or another pack has changed this MODEL or ComfyUI's code in place, which the workers do not see: "
-                f"{'; '.join(changes[:_NAMED])}{more}. Patches as ComfyUI has them (add_object_patch, LoRAs, hooks) are "
+                f"{listed(changes, separator='; ')}. Patches as ComfyUI has them (add_object_patch, LoRAs, hooks) are "
                 "forwarded; remove the node or pack that does otherwise and load the model again, or use ComfyUI's own loader "
                 "for this graph"
             )
@@ -74,5 +71,4 @@ class InPlaceChanges:
         new = [name for name in names if name not in self._told]
         self._told.update(new)
         if new:
-            more = f", and {len(new) - _NAMED} more" if len(new) > _NAMED else ""
-            logger.info("changed in place by another pack, and forwarded: %s%s", ", ".join(new[:_NAMED]), more)
+            logger.info("changed in place by another pack, and forwarded: %s", listed(new))

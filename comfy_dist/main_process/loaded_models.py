@@ -14,18 +14,20 @@ from rayltx.distributed_worker.weight_sharing import Progress
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What was loaded: another file under the same name is another source."""
+class FileState:
+    """One state of one file: another file under the same name is another."""
 
     path: str
     modified_ns: int
     num_bytes: int
-    options: LoadOptions
 
     @classmethod
-    def of(cls, path: str, options: LoadOptions) -> _Source:
+    def of(cls, path: str) -> FileState:
         found = os.stat(path)
-        return cls(os.path.realpath(path), found.st_mtime_ns, found.st_size, options)
+        return cls(os.path.realpath(path), found.st_mtime_ns, found.st_size)
+
+
+_Source = tuple[FileState, LoadOptions]  # what was loaded
 
 
 @dataclass
@@ -54,7 +56,7 @@ class LoadedModels:
         progress: Progress | None = None,
     ) -> TwinPatcher:
         """A MODEL without patches on a checkpoint's weights, which are loaded if they are not. Raises as `load_twin`."""
-        source = _Source.of(path, options)
+        source = FileState.of(path), options
         base_model = self._living.get(source)
         if base_model is None:
             kept.base_model = None

@@ -17,7 +17,7 @@ from torch import nn
 _PLAIN = (bool, int, float, str, type(None))
 _OF_TORCH = ("_is_torch_compile",)  # settings that torch.compile leaves on what it has been shown
 _CALLS_THE_WORKERS = "_forward"  # of the model itself
-_RUNS_HERE = "forward"  # of the model itself: it calls the one above
+RUNS_HERE = "forward"  # of the model itself: it calls the one above
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,6 @@ class ModuleSnapshot:
         for name, module in model.named_modules():
             before = self._modules[name].methods if name in self._modules else {}
             for method, value in _methods_of(module).items():
-                if id(value) != before.get(method) and (name or method != _RUNS_HERE):
+                if id(value) != before.get(method) and (name or method != RUNS_HERE):
                     found[f"{name}.{method}".removeprefix(".")] = value
         return found

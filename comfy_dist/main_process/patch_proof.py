@@ -20,7 +20,7 @@ from rayltx.comfy_dist.self_test import Case
 from rayltx.comfy_dist.wire import Difference, PatchState
 from rayltx.diffusion_models.lightricks.roles import AttentionRole
 from rayltx.distributed_worker.messages import INLINE_BYTES, Message
-from rayltx.errors import RanksDisagree, RanksFailedAlike, UnsupportedError
+from rayltx.errors import RanksDisagree, RanksFailedAlike, UnsupportedError, listed
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -110,9 +110,7 @@ class PatchProofs:
     def prove(self, patched: Patched, attempt: Try) -> tuple[str, ...]:
         """Returns the modules to show all tokens. Raises UnsupportedError, by the patches' names, if nothing is equal."""
         started = time.monotonic()
-        named = ", ".join(patched.names[:4]) + (
-            f", and {len(patched.names) - 4} more" if len(patched.names) > 4 else ""
-        )
+        named = listed(patched.names)
         found = _tried(attempt, patched, ())
         modules: tuple[str, ...] = ()
         if isinstance(found, str) or not found.is_rounding:

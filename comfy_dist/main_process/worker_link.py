@@ -58,7 +58,7 @@ from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import ask, ask_together
-from rayltx.errors import InputError, UnsupportedError
+from rayltx.errors import InputError, UnsupportedError, listed
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class WorkerLink:
         self.cluster, self.remote, self.spec = cluster, remote, detected.spec
         self._base_model = weakref.ref(detected.base_model)
         self._proved: tuple[Cluster, ParallelConfig] | None = None
+        self._own_patches = PatchState()  # of the MODEL that was last loaded
         self._sent_patches: PatchState | None = None
         self._patches_digest = b""
         self._proofs = PatchProofs()
@@ -102,14 +103,20 @@ class WorkerLink:
 
     def sync(self, patcher: Model) -> None:
         """Give the workers the patches of this MODEL, if they do not have them. Raises UnsupportedError by name."""
-        in_place: dict[str, object] = {}
-        if self._in_place is not None:
-            in_place = self._in_place.object_patches(self.base_model.diffusion_model)
+        self._own_patches = patch_state_of(patcher)
+        state = self._with_changes_in_place()
         self._at_start = QuickState(self.base_model.diffusion_model)
         self.move(patcher.placement)
-        state = patch_state_of(patcher)
-        self._send_patches(dataclasses.replace(state, object_patches={**in_place, **state.object_patches}))
+        self._send_patches(state)
         self.memory.put_on_devices()
+
+    def _with_changes_in_place(self) -> PatchState:
+        """The patches of the MODEL that was last loaded, and what was changed in place. Raises UnsupportedError by name."""
+        state = self._own_patches
+        if self._in_place is None:
+            return state
+        in_place = self._in_place.object_patches(self.base_model.diffusion_model)
+        return dataclasses.replace(state, object_patches={**in_place, **state.object_patches})
 
     def _send_patches(self, state: PatchState) -> None:
         register_unimportable_modules()
@@ -128,8 +135,8 @@ class WorkerLink:
         wrong = misfits(state.patches, self.state_dict, MODEL_PREFIX)
         if wrong:
             raise InputError(
-                f"a LoRA is for another model than this {self.spec.model_version} one: {'; '.join(wrong[:3])}"
-                f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; remove it, or use one for this model"
+                f"a LoRA is for another model than this {self.spec.model_version} one: {listed(wrong, 3, '; ')}; "
+                "remove it, or use one for this model"
             )
         refer = self.remote.source.refer
         check_sendable(state.object_patches, "the object patch", refer)
@@ -268,12 +275,10 @@ class WorkerLink:
 
     def _notice_changes(self) -> None:
         """Let the workers have what was changed in place, for calls before a run."""
-        register_unimportable_modules()
-        if self._in_place is not None:
-            state = self._sent_patches or PatchState()
-            in_place = self._in_place.object_patches(self.base_model.diffusion_model)
-            if any(state.object_patches.get(name) is not patch for name, patch in in_place.items()):
-                self._send_patches(dataclasses.replace(state, object_patches={**state.object_patches, **in_place}))
+        register_unimportable_modules()  # for an attention of another pack's, too
+        state = self._with_changes_in_place()
+        if state.object_patches or self._sent_patches is not None:
+            self._send_patches(state)
 
     def _options_key(self, options: Options) -> str:
         """The workers' name for the transformer options that stay the same, which they are sent when they change."""

@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +97,12 @@ def browser():
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Rows of a table for the docs, which RAYLTX_WRITE_TABLES=FILE writes."""
+    rows = []
+    yield rows
+    if "RAYLTX_WRITE_TABLES" in os.environ:
+        Path(os.environ["RAYLTX_WRITE_TABLES"]).write_text("\n".join(rows) + "\n")

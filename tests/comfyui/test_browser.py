@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import comfy_server
 import pytest
-from comfy_browser import SETTINGS, page_on
+from comfy_browser import page_on
 from comfy_checkout import find_comfyui
 from comfy_models import save_tiny_checkpoint
 from comfy_server import ROOT, Server
@@ -51,8 +51,6 @@ def server(comfy, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy_server, "PACK_FOLDER", PACK_FOLDER)
         server = Server(find_comfyui(), base, "--preview-method", "latent2rgb")
-    for name, value in SETTINGS.items():
-        server.post(f"/settings/{name}", value)
     yield server
     server.stop()
 

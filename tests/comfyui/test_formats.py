@@ -6,7 +6,6 @@ RAYLTX_WRITE_TABLES=FILE writes the table.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import comfy_scenarios as scenarios
@@ -48,14 +47,6 @@ FORMATS = ["mxfp8", "int8-convrot", *slow(
     *PLAIN, "fp8 raw", "fp8 scaled, one file", *(name for name in QUANTISED if name not in ("mxfp8", "int8-convrot")),
     "GGUF Q8_0", "GGUF Q5_1", "GGUF Q4_0",
 )]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def table():
-    rows = []
-    yield rows
-    if "RAYLTX_WRITE_TABLES" in os.environ:
-        Path(os.environ["RAYLTX_WRITE_TABLES"]).write_text("\n".join(rows) + "\n")
 
 
 def save_in(path: Path, name: str) -> tuple[Path, Path]:

@@ -6,11 +6,9 @@ RAYLTX_WRITE_TABLES=FILE writes the table.
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
-from comfy_browser import SETTINGS, page_on
+from comfy_browser import page_on
 from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS, save_tiny_bundle, save_tiny_checkpoint, save_tiny_upscaler
 from comfy_scenarios import make_lora
@@ -39,8 +37,6 @@ def server(comfy, tmp_path_factory):
         save_file(make_lora(CONFIGS[version]), models / "loras" / LORA.format(version=version), metadata=metadata)
     save_tiny_upscaler(models / "latent_upscale_models" / UPSCALER)
     server = Server(COMFYUI, base)
-    for name, value in SETTINGS.items():
-        server.post(f"/settings/{name}", value)
     yield server
     server.stop()
 
@@ -48,14 +44,6 @@ def server(comfy, tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(browser, server):
     return page_on(browser, server)
-
-
-@pytest.fixture(scope="module")
-def table():
-    rows = []
-    yield rows
-    if "RAYLTX_WRITE_TABLES" in os.environ:
-        Path(os.environ["RAYLTX_WRITE_TABLES"]).write_text("\n".join(rows) + "\n")
 
 
 def test_there_are_official_graphs_of_every_version():
