@@ -30,6 +30,7 @@ _FILES = (
     *(f"comfy.ldm.lightricks.{name}" for name in ("model", "av_model", "embeddings_connector", "symmetric_patchifier")),
     "comfy.ldm.common_dit",
 )
+_LAYERS = "comfy.ops"
 _CHOSEN_ATTENTION = "optimized_attention"
 _MASKED_ATTENTION = "optimized_attention_masked"  # which LTX models called up to ComfyUI 0.20
 _INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
@@ -70,11 +71,32 @@ def _changed_methods_of(kind: type) -> dict[str, types.FunctionType]:
 
 def changed_attention() -> Callable[..., Any] | None:
     """The function that was put in the place of ComfyUI's choice of attention, for all models; None if there is none."""
-    now = getattr(_attention_module, _CHOSEN_ATTENTION)
+    now: Callable[..., Any] = getattr(_attention_module, _CHOSEN_ATTENTION)
     if not is_of_comfyui(now):
         _no_longer_by_name(now)
         return now
-    return now if now is not _as_imported[_CHOSEN_ATTENTION] else None
+    return now if now is not _chosen_by_settings() else None
+
+
+@functools.cache
+def _chosen_by_settings() -> Callable[..., Any] | None:
+    """ComfyUI's own choice, made again by its own statements: a pack may have exchanged it before this was imported."""
+    statements = [
+        statement
+        for statement in ast.parse(_source_of(_ATTENTION)).body
+        if isinstance(statement, (ast.Assign, ast.If)) and _CHOSEN_ATTENTION in _assigned_in(statement)
+    ]
+    # What it says while it chooses has been said.
+    namespace: dict[str, Any] = {
+        **vars(_attention_module),
+        "logging": types.SimpleNamespace(info=lambda *_: None, error=lambda *_: None),
+    }
+    exec(compile(ast.Module(body=[*statements], type_ignores=[]), _ATTENTION, "exec"), namespace)
+    return namespace[_CHOSEN_ATTENTION] if statements else _as_imported[_CHOSEN_ATTENTION]
+
+
+def _assigned_in(statement: ast.stmt) -> set[str]:
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def _no_longer_by_name(function: Any) -> None:
@@ -103,7 +125,7 @@ def unforwardable_changes() -> list[str]:
         and masked is not changed_attention()
     ):
         found.append(f"{_ATTENTION}.{_MASKED_ATTENTION}")
-    for name in _FILES:
+    for name in (*_FILES, _LAYERS):
         module = importlib.import_module(name)
         for defined, source in sorted(_names_of(name).items()):
             value = vars(module).get(defined)
@@ -115,17 +137,26 @@ def unforwardable_changes() -> list[str]:
                 if value.__module__ != name:
                     found.append(f"{name}.{defined}, which is {value.__module__}.{value.__qualname__}")
                 else:
-                    found += [f"{name}.{defined}.{method}" for method in _other_changes_of(value)]
+                    found += [f"{name}.{defined}.{method}" for method in _other_changes_of(value, name == _LAYERS)]
             elif not is_of_comfyui(value):
                 found.append(f"{name}.{defined}")
     return found
 
 
-def _other_changes_of(kind: type) -> Iterator[str]:
-    """Of a class's own: constructors and the like, and methods that are more than functions."""
+def _other_changes_of(kind: type, with_methods: bool) -> Iterator[str]:
+    """Of a class's own: constructors and the like, and methods that are more than functions.
+
+    with_methods: all methods, and those of the classes within.
+    """
     for name, value in vars(kind).items():
+        if with_methods and isinstance(value, type):
+            if value.__module__ == kind.__module__:
+                yield from (f"{name}.{method}" for method in _other_changes_of(value, with_methods))
+            elif value.__module__.partition(".")[0] not in ("comfy", "torch"):
+                yield name
+            continue
         if isinstance(value, types.FunctionType):
-            parts: list[Any] = [value] if _is_dunder(name) else []
+            parts: list[Any] = [value] if with_methods or _is_dunder(name) else []
         elif isinstance(value, _DESCRIPTORS):
             parts = [getattr(value, part, None) for part in ("__func__", "fget", "fset")]
         else:
@@ -137,14 +168,17 @@ def _other_changes_of(kind: type) -> Iterator[str]:
 def is_of_comfyui(value: object) -> bool:
     """Whether a function, with all that it wraps, or what is callable in its place, is from ComfyUI's or torch's own files."""
     while value is not None:
+        within = next((inner for part in _WITHIN if (inner := getattr(value, part, None)) is not None), None)
         file = _file_of(value)
         if file.startswith("<"):  # made at run time: by whom?
             home = str(getattr(value, "__globals__", {}).get("__name__", ""))
             if home.partition(".")[0] not in ("comfy", "torch", *sys.stdlib_module_names):
                 return False
+        elif within is not None and file.startswith(_STANDARD_LIBRARY) and not any(part in file for part in _INSTALLED):
+            pass  # a decorator of Python's: what is within counts
         elif file and not file.startswith(_own_folders()):
             return False
-        value = next((inner for part in _WITHIN if (inner := getattr(value, part, None)) is not None), None)
+        value = within
     return True
 
 

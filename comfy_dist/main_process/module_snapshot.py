@@ -2,8 +2,8 @@
 
 ComfyUI's way to patch a module is an object patch, which is forwarded. Some nodes set attributes of modules, exchange their
 classes, take blocks out or put other weights in instead: on a model without weights that would change nothing, without a word.
-A method that was set on a module is what an object patch is. What is written into a weight is not seen: within ComfyUI's
-inference mode torch keeps no count of it.
+A method that was set on a module is what an object patch is. What is written into a weight is refused where it is done (see
+`absent_weights`).
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from rayltx.comfy_dist.comfy_host import COMFY_HOST
 from rayltx.comfy_dist.comfy_types import BaseModel, HookGroup
+from rayltx.comfy_dist.main_process.absent_weights import mark_absent
 from rayltx.comfy_dist.main_process.detection import detect
 from rayltx.comfy_dist.main_process.forwarding import is_local, module_names
 from rayltx.comfy_dist.main_process.placement import Placement
@@ -273,6 +274,7 @@ def load_twin(
                 object.__setattr__(module, LINK, link)
                 object.__setattr__(module, MODULE_NAME, name)
         _share_memory_estimate(base_model, link)
+        mark_absent(diffusion_model)
         link.keep_snapshot()
         base_model.device = comfy.model_management.unet_offload_device()
         release_with(base_model, link)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import logging
+import pickle
 from unittest import mock
 
 import comfy_scenarios as scenarios
@@ -185,6 +187,26 @@ def classes(version):
     )
 
 
+def layers(version):
+    from comfy import ops
+
+    return mock.patch.object(ops.manual_cast, "Linear", type("Other", (torch.nn.Linear,), {"__module__": "other_pack"}))
+
+
+def methods_of_layers(version):
+    from comfy import ops
+
+    original = ops.disable_weight_init.Linear.forward
+    return mock.patch.object(ops.disable_weight_init.Linear, "forward", lambda self, *args: original(self, *args) * 1.1)
+
+
+def functions_of_layers(version):
+    from comfy import ops
+
+    original = ops.cast_bias_weight
+    return mock.patch.object(ops, "cast_bias_weight", lambda *args, **kwargs: original(*args, **kwargs))
+
+
 def constructors(version):
     return mock.patch.object(lightricks().FeedForward, "__init__", lambda self, *args, **kwargs: None)
 
@@ -197,6 +219,9 @@ def constructors(version):
         (functions, "comfy.ldm.lightricks.model.apply_rotary_emb"),
         (classes, "comfy.ldm.lightricks.model.FeedForward, which is other_pack.Other"),
         (constructors, "comfy.ldm.lightricks.model.FeedForward.__init__"),
+        (layers, "comfy.ops.manual_cast.Linear"),
+        (methods_of_layers, "comfy.ops.disable_weight_init.Linear.forward"),
+        (functions_of_layers, "comfy.ops.cast_bias_weight"),
     ],
 )
 def test_other_changes_of_comfyuis_code_are_refused_by_name(models, change, words):
@@ -216,7 +241,75 @@ def test_an_untouched_comfyui_is_not_taken_for_changed(models, version):
     assert code_changes.changed_methods(models(version)[1].model.diffusion_model) == {}
 
 
+def test_a_choice_that_was_exchanged_early_is_seen():
+    """By a pack that ComfyUI loads before this one, among ComfyUI's own attentions."""
+    from comfy.ldm.modules import attention
+
+    from rayltx.comfy_dist.main_process import code_changes
+
+    other = attention.attention_basic
+    assert attention.optimized_attention is not other
+    early = mock.patch.dict(code_changes._as_imported, optimized_attention=other, optimized_attention_masked=other)
+    with mock.patch.multiple(attention, optimized_attention=other, optimized_attention_masked=other), early:
+        assert code_changes.changed_attention() is other
+
+
 # ---- as nodes do it with a MODEL
+
+
+WRITING = {
+    "in place": lambda weight: weight.mul_(1.1),
+    "its data": lambda weight: weight.data.mul_(1.1),
+    "a part": lambda weight: weight[0].fill_(1.0),
+    "an element": lambda weight: weight.data.__setitem__((0, 0), 1.0),
+    "augmented": lambda weight: weight.__imul__(1.1),
+    "out": lambda weight: torch.mul(weight, 1.1, out=weight),
+    "copied into": lambda weight: weight.data.T.copy_(torch.zeros_like(weight, device="cpu").T),
+    "initialised": lambda weight: torch.nn.init.normal_(weight),
+    "other data": lambda weight: setattr(weight, "data", torch.empty_like(weight, dtype=torch.float16)),
+}
+READING = {
+    "copied": lambda weight: weight.cpu(),
+    "its norm": lambda weight: weight.norm().item(),
+    "a comparison": lambda weight: bool((weight.abs() > 1.0).any()),
+    "copied from": lambda weight: torch.zeros(weight.shape).copy_(weight.data),
+    "computed with": lambda weight: torch.nn.functional.linear(torch.ones(1, weight.shape[1]), weight).tolist(),
+    "pickled": lambda weight: pickle.dumps(weight),
+    "numpy": lambda weight: weight.float().numpy(),
+}
+
+
+@pytest.mark.parametrize("what", [*WRITING, *READING])
+def test_a_touched_weight_says_what_to_do_instead(models, what):
+    """It is with the workers: the picture would be the untouched one, or torch would speak of meta tensors."""
+    touch = {**WRITING, **READING}[what]
+    reference, twin, _ = models("LTX-Video")
+    name = "transformer_blocks.1.attn1.to_q.weight"
+    with torch.inference_mode(), pytest.raises(UnsupportedError, match=f"the weight {name} of this MODEL") as error:
+        touch(twin.model.diffusion_model.get_parameter(name))
+    remedy = "add_patches" if what in WRITING else "ComfyUI's own loader"
+    assert ("writes into" if what in WRITING else "reads") in str(error.value) and remedy in str(error.value)
+    weight = reference.model.diffusion_model.get_parameter(name).clone()
+    with torch.inference_mode():
+        touch(torch.nn.Parameter(weight, requires_grad=False))  # which a model that has its weights allows
+
+
+def test_what_a_weight_is_can_be_asked(models):
+    twin = models("LTX-Video")[1]
+    mine, copied = (
+        twin.model.diffusion_model,
+        copy.deepcopy(twin.model.diffusion_model.transformer_blocks[0].attn1.to_q),
+    )
+    theirs = models("LTX-Video")[0].model.diffusion_model
+    for name, weight in theirs.named_parameters():
+        found = mine.get_parameter(name)
+        assert isinstance(found, torch.nn.Parameter)
+        assert (found.shape, found.dtype, found.nbytes) == (weight.shape, weight.dtype, weight.nbytes)
+    assert copied.weight.shape == theirs.transformer_blocks[0].attn1.to_q.weight.shape
+    with torch.inference_mode():
+        delta = torch.empty_like(mine.transformer_blocks[0].attn1.to_q.weight).copy_(torch.ones(()))
+        assert delta.shape == copied.weight.shape
+        mine.to(theirs.dtype)  # which it has
 
 
 def blocks_in_a_list(model):
