@@ -194,7 +194,7 @@ def read_config(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """The `config` of a file's metadata; {} where it has none. Raises CheckpointError for one that cannot be used."""
     try:
         config = json.loads(metadata.get("config", "{}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError also of numbers that Python takes for too long
         raise CheckpointError(f"{path}: its `config` metadata is not JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("transformer", {}), dict):
         raise CheckpointError(f"{path}: its `config` metadata has no `transformer` object")

@@ -55,8 +55,10 @@ def open_ltx_gguf(path: str | os.PathLike[str], prefixes: Sequence[str] = PREFIX
 def _check_architecture(file: GGUFFile, prefix: str) -> None:
     architecture, metadata = file.architecture, file.metadata
     if metadata.get("split.count", 1) != 1:
+        number = metadata.get("split.no", 0)
+        part = number + 1 if isinstance(number, int) else repr(number)
         raise CheckpointError(
-            f"{file.path}: part {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of a model; join them with "
+            f"{file.path}: part {part} of {metadata['split.count']} of a model; join them with "
             "llama.cpp's `llama-gguf-split --merge`"
         )
     if architecture in LTX_ARCHITECTURES:
