@@ -12,6 +12,7 @@
     `-- ClusterError (RuntimeError)     the workers failed
         |-- RanksFailedAlike            every rank raised the same: the group is whole, and the call can be repeated
         |-- OutOfMemory                 a device's memory ran out on some rank: less may be asked for
+        |-- StepCancelled               all ranks stopped at the same block, as they were told: the group is whole
         |-- RanksDisagree               some ranks raised and others did not: the group's collectives are out of step
         |-- WorkerDied                  a process is gone
         |-- WorkerStuck                 a rank did not answer in time
@@ -72,6 +73,10 @@ class RanksFailedAlike(ClusterError):
 
 class OutOfMemory(ClusterError):
     """The message names the ranks, and what is known of each one's memory."""
+
+
+class StepCancelled(ClusterError):
+    pass
 
 
 class RanksDisagree(ClusterError):

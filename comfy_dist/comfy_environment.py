@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rayltx.distributed_worker.request import Bootstrap
+from rayltx.errors import InputError
 
 _PER_PROMPT = ("preview_method",)  # arguments that ComfyUI sets anew for each prompt
 
@@ -19,6 +21,7 @@ class ComfyEnvironment:
 
     root: str
     arguments: dict[str, object] = field(default_factory=dict)  # of ComfyUI's command line
+    version: str = ""  # that another machine's has to have; "": any
     # name: (paths, endings). Nodes add to them at any time, which is no reason to start other workers.
     folders: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict, compare=False)
 
@@ -33,7 +36,7 @@ class ComfyEnvironment:
             for name, (paths, endings) in folder_paths.folder_names_and_paths.items()
         }
         arguments = {name: value for name, value in vars(args).items() if name not in _PER_PROMPT}
-        return cls(str(Path(folder_paths.__file__).resolve().parent), arguments, folders)
+        return cls(str(Path(folder_paths.__file__).resolve().parent), arguments, comfyui_version(), folders)
 
     @classmethod
     def headless(cls, root: str, cpu: bool) -> ComfyEnvironment:
@@ -49,10 +52,21 @@ def enter(environment: ComfyEnvironment, device: str) -> None:
     """Become like a ComfyUI. Call before anything of ComfyUI is imported.
 
     device: "cpu" or "cuda", of this process. May be called again with the same root.
+    Raises InputError where this machine has no ComfyUI there, or one of another version.
     """
+    if not is_comfyui(environment.root):
+        raise InputError(
+            f"{socket.gethostname()}: there is no ComfyUI at {environment.root}. Every machine of a Ray cluster needs the same "
+            "ComfyUI in the same folder"
+        )
     if environment.root not in sys.path:
         # In front, as in ComfyUI itself: its modules have names such as `nodes` and `utils`.
         sys.path.insert(0, environment.root)
+    if environment.version and comfyui_version() != environment.version:
+        raise InputError(
+            f"{socket.gethostname()}: the ComfyUI at {environment.root} is {comfyui_version()}, and yours is "
+            f"{environment.version}. Every machine of a Ray cluster needs the same version"
+        )
     import comfy.options  # noqa: F401  (argument parsing stays off: this process's arguments are not ComfyUI's)
     from comfy.cli_args import args
 

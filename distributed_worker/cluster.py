@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.distributed_worker.driver.link import RayDriver
 from rayltx.distributed_worker.machine_checks import check_machine, differing_cards
-from rayltx.distributed_worker.messages import Refer, SentTensors
+from rayltx.distributed_worker.messages import Refer
 from rayltx.distributed_worker.object_store import StoreBudget, object_store_bytes
-from rayltx.distributed_worker.rank_group import RankGroup
-from rayltx.distributed_worker.ray_start import connect, start_worker
+from rayltx.distributed_worker.rank_group import START_TIMEOUT_S, RankGroup
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.request import LOCAL, ClusterRequest, ModelSource
+from rayltx.distributed_worker.sending import Sending
 from rayltx.distributed_worker.weight_sharing import Progress, SharedWeights
 from rayltx.distributed_worker.worker import Worker, WorkerInfo
 from rayltx.distributed_worker.worker_calls import ask
+from rayltx.distributed_worker.worker_start import ray_settings, start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +32,17 @@ class Cluster:
     `start` returns at once, while the workers come up; whatever needs them waits.
     """
 
-    _current: Cluster | None = None  # a process has one connection to Ray, so it has one cluster
+    _current: Cluster | None = None  # the devices are for one
 
     def __init__(self, request: ClusterRequest) -> None:
         self.request = request
         self._gpus = request.gpus()
-        self._ray = connect(request)
-        self.store = StoreBudget(self._ray.store_bytes)
-        self.group = RankGroup(request, functools.partial(start_worker, request, self._gpus), self._reload)
-        self.sent = SentTensors()
+        self.driver = RayDriver(ray_settings(request))
+        self.store = StoreBudget(lambda: self.driver.store_bytes(START_TIMEOUT_S))
+        self.group = RankGroup(
+            request, self.driver, functools.partial(start_worker, self.driver, request, self._gpus), self._reload
+        )
+        self.sending = Sending(self.driver)
         self._models: dict[str, RemoteModel] = {}
         self._numbers = itertools.count()
 
@@ -91,9 +95,9 @@ class Cluster:
             Cluster._current = None
         for model in list(self._models.values()):
             model.forget()
-        self.sent.clear()
+        self.sending.clear()
         self.group.end()
-        self._ray.close()
+        self.driver.close()
 
     def __enter__(self) -> Cluster:
         return self
@@ -122,23 +126,26 @@ class Cluster:
 
     def load_source(self, source: ModelSource, progress: Progress | None = None) -> RemoteModel:
         """`load`, of what another cluster may have loaded before."""
-        self.group.ensure_whole()
-        self.group.workers()
         model_id = f"model-{next(self._numbers)}"
         weights = SharedWeights(source, model_id, self.group, self.store)
-        model = RemoteModel(source, model_id, self.group, weights, self.sent, self._forget)
-        self._models[model_id] = model
-        try:
+        model = RemoteModel(source, model_id, self.group, weights, self.sending, self._forget)
+
+        def load() -> None:
+            self.group.workers()
             model.load_on(self.group.all_ranks, progress)
+
+        try:
+            self.group.repeated(load, "loading")
         except BaseException:
-            model.release()
+            model.release_unless_busy()  # whoever cancels does not wait for it
             raise
+        self._models[model_id] = model
         return model
 
     def _reload(self, ranks: Sequence[int]) -> None:
-        """Give every model to workers that took others' places."""
+        """Give every model to workers that took others' places. One that cannot be given again is lost, and no other."""
         for model in list(self._models.values()):
-            model.load_on(ranks)
+            model.load_again_on(ranks)
 
     def _forget(self, model_id: str) -> None:
         self._models.pop(model_id, None)

@@ -13,6 +13,8 @@ import time
 
 import torch.distributed as dist
 
+from rayltx.distributed_worker.meeting import MeetingPoint
+
 logger = logging.getLogger(__name__)
 
 _KEY = "rayltx failed"
@@ -25,10 +27,10 @@ _aborting = threading.Lock()
 class FailureWatch:
     """Watches over one group, from one rank, until it is closed."""
 
-    def __init__(self, meeting_point: tuple[str, int]) -> None:
+    def __init__(self, meeting_point: MeetingPoint) -> None:
         """meeting_point: of the group's store. Raises what torch raises if it cannot be reached."""
         # Two connections: each is one thread's.
-        self._store, self._watched = (dist.TCPStore(*meeting_point, is_master=False) for _ in range(2))
+        self._store, self._watched = meeting_point.join(), meeting_point.join()
         self._working = threading.Event()
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="rayltx-failure-watch", daemon=True).start()

@@ -1,23 +1,25 @@
-"""Objects with tensors inside, as Ray carries them without copies.
+"""Objects with tensors inside, as they cross to other processes without copies.
 
-Ray copies torch tensors through pickle, each worker for itself; NumPy arrays it maps. So tensors are taken out of an
-object while it is pickled, wherever they are, and travel as bytes.
+Pickling copies tensors, for each worker anew. So they are taken out of an object while it is pickled, wherever they are, and
+travel as bytes that the receiver maps: in memory files on one machine, in Ray's store where there are several.
 """
 
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 import torch
 from ray import cloudpickle
 from torch import Tensor
 
+from rayltx.distributed_worker.driver.kept import Kept
+from rayltx.distributed_worker.shared_bytes import Segment, SharedBytes, shared
 from rayltx.distributed_worker.shared_pages import protected_views
 
 # Smaller tensors travel inside of the message: an object of its own costs about a millisecond.
@@ -30,13 +32,16 @@ class WireTensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    data: np.ndarray | ray.ObjectRef
+    data: np.ndarray | SharedBytes | Kept
 
-    def restore(self) -> Tensor:
-        """A tensor on the bytes, uncopied. What lies in the object store is protected from writing."""
+    def restore(self, mapped: dict[int, mmap.mmap]) -> Tensor:
+        """A tensor on the bytes, uncopied. What several processes have is protected from writing. mapped: see `SharedBytes`."""
         data = self.data
-        if isinstance(data, ray.ObjectRef):
-            data = protected_views({"": ray.get(data)})[""]
+        assert not isinstance(data, Kept), "what Ray keeps is put in its place when a call is loaded"
+        if isinstance(data, SharedBytes):
+            data = data.array(mapped)
+        elif not data.flags.writeable and data.nbytes >= INLINE_BYTES:
+            data = protected_views({"": data})[""]  # from Ray's store, whose pages can be written
         return tensor_of_bytes(data, self.dtype, self.shape)
 
 
@@ -51,7 +56,7 @@ class Message:
     def is_same(self, other: Message) -> bool:
         """Whether both hold the same bytes. Only for messages whose tensors travel inside."""
         return (self.payload, len(self.tensors)) == (other.payload, len(other.tensors)) and all(
-            (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.data, b.data)
+            (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.data, b.data)  # type: ignore[arg-type]
             for a, b in zip(self.tensors, other.tensors)
         )
 
@@ -131,12 +136,13 @@ def pack(obj: object, store: Store | None = None, refer: Refer | None = None, as
     file = io.BytesIO()
     pickler = _Pickler(file, refer)
     pickler.dump(obj)
-    wires = []
-    for tensor in pickler.tensors:
-        data: np.ndarray | ray.ObjectRef = bytes_of_tensor(tensor)
-        if store is not None and data.nbytes >= INLINE_BYTES:
-            data = store.put(data)
-        wires.append(WireTensor(tensor.dtype, tuple(tensor.shape), data))
+    arrays = [bytes_of_tensor(tensor) for tensor in pickler.tensors]
+    data: list[np.ndarray | SharedBytes | Kept] = [*arrays]
+    large = [number for number, array in enumerate(arrays) if array.nbytes >= INLINE_BYTES]
+    if store is not None and large:
+        for number, put in zip(large, store.put([arrays[number] for number in large])):
+            data[number] = put
+    wires = [WireTensor(tensor.dtype, tuple(tensor.shape), bytes_) for tensor, bytes_ in zip(pickler.tensors, data)]
     return Message(file.getvalue(), tuple(wires), as_views)
 
 
@@ -145,47 +151,111 @@ def unpack(message: Message, known: Callable[[str], object] | None = None) -> An
 
     known: what the names stand for that `pack` was told to leave in place of objects.
     """
-    tensors = [wire.restore() if message.as_views else wire.restore().clone() for wire in message.tensors]
+    mapped: dict[int, mmap.mmap] = {}
+    tensors = [wire.restore(mapped) for wire in message.tensors]
+    if not message.as_views:
+        tensors = [tensor.clone() for tensor in tensors]
     return _Unpickler(message.payload, tensors, known).load()
 
 
 class Store(Protocol):
-    def put(self, data: np.ndarray) -> ray.ObjectRef: ...
+    """Where large tensors' bytes go when they are sent."""
+
+    def put(self, arrays: Sequence[np.ndarray]) -> Sequence[SharedBytes | Kept]: ...
 
 
 class SharedTensors:
-    """Tensors go into the object store, for as long as the message lives: all workers map the same bytes."""
+    """In one memory file, for as long as the message lives: all workers of this machine map the same bytes."""
 
-    def put(self, data: np.ndarray) -> ray.ObjectRef:
-        return ray.put(data)
+    def put(self, arrays: Sequence[np.ndarray]) -> list[SharedBytes]:
+        return Segment(arrays).parts([array.nbytes for array in arrays])
+
+
+class KeptTensors:
+    """In Ray's store, which brings them to each machine once."""
+
+    def __init__(self, keep: Callable[[np.ndarray], Kept]) -> None:
+        self._keep = keep
+
+    def put(self, arrays: Sequence[np.ndarray]) -> list[Kept]:
+        return [self._keep(array) for array in arrays]
 
 
 class SentTensors:
-    """What has been put into the object store and may be asked for again.
+    """What has been sent and may be asked for again.
 
     Text conditioning and masks are the same in every step, though ComfyUI makes new tensors of them each time. They
     are known by their bytes, never by shape or by step, so that what is found is always what was meant.
     """
 
-    def __init__(self, max_bytes: int = 256 * 2**20) -> None:
-        self._max_bytes = max_bytes
-        self._entries: list[tuple[np.ndarray, ray.ObjectRef]] = []  # most recently used last
+    def __init__(self, max_bytes: int = 256 * 2**20, keep: Callable[[np.ndarray], Kept] | None = None) -> None:
+        """keep: puts bytes into Ray's store, where the workers are on other machines."""
+        self._max_bytes, self._keep = max_bytes, keep
+        self._entries: list[tuple[np.ndarray, SharedBytes | Kept]] = []  # most recently used last
 
-    def put(self, data: np.ndarray) -> ray.ObjectRef:
-        """A reference to bytes equal to these. The caller keeps it for as long as a worker may need it."""
-        for position, (known, reference) in enumerate(self._entries):
+    def put(self, arrays: Sequence[np.ndarray]) -> list[SharedBytes | Kept]:
+        """Where bytes equal to these are. The caller keeps it for as long as a worker may need it."""
+        return [self._put(array) for array in arrays]
+
+    def _put(self, data: np.ndarray) -> SharedBytes | Kept:
+        for position, (known, where) in enumerate(self._entries):
             if known.nbytes == data.nbytes and np.array_equal(known[:64], data[:64]) and np.array_equal(known, data):
                 self._entries.append(self._entries.pop(position))
-                return reference
-        reference = ray.put(data)
-        # Keep the store's own mapping to compare with: no second copy of the bytes.
-        self._entries.append((ray.get(reference), reference))
+                return where
+        if self._keep is None:
+            segment = shared(data)
+            self._entries.append(
+                (segment.array(), segment)
+            )  # the shared bytes themselves to compare with: no second copy
+        else:
+            kept = self._keep(data.copy())
+            assert kept.source is not None
+            self._entries.append((kept.source, kept))
         while len(self._entries) > 1 and sum(known.nbytes for known, _ in self._entries) > self._max_bytes:
             self._entries.pop(0)
-        return reference
+        return self._entries[-1][1]
 
     def clear(self) -> None:
         self._entries.clear()
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+# ---- calls
+
+
+class _CallPickler(cloudpickle.Pickler):
+    """Leaves numbers in the place of what Ray keeps."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.kept: list[Kept] = []
+
+    def persistent_id(self, obj: object) -> int | None:
+        if not isinstance(obj, Kept):
+            return None
+        self.kept.append(obj)
+        return len(self.kept) - 1
+
+
+class _CallUnpickler(pickle.Unpickler):
+    def __init__(self, payload: bytes, kept: Sequence[object]) -> None:
+        super().__init__(io.BytesIO(payload))
+        self._kept = kept
+
+    def persistent_load(self, number: int) -> object:
+        return self._kept[number]
+
+
+def dump_call(call: object) -> tuple[bytes, list[Kept]]:
+    """A call of a worker as bytes, and what Ray has to hand over with them."""
+    file = io.BytesIO()
+    pickler = _CallPickler(file)
+    pickler.dump(call)
+    return file.getvalue(), pickler.kept
+
+
+def load_call(payload: bytes, kept: Sequence[object]) -> Any:
+    """The reverse, with the kept objects in their places."""
+    return _CallUnpickler(payload, kept).load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -70,9 +71,14 @@ def fits_object_store(weight_bytes: int, store_bytes: int, held_bytes: int) -> b
 class StoreBudget:
     """The object store's size, and what models' weights hold of it."""
 
-    def __init__(self, total_bytes: int) -> None:
-        self.total_bytes = total_bytes
+    def __init__(self, total_bytes: Callable[[], int]) -> None:
+        """total_bytes: gives the size. It may wait for Ray to have started."""
+        self._total_bytes = total_bytes
         self._held: dict[str, int] = {}  # by model
+
+    @property
+    def total_bytes(self) -> int:
+        return self._total_bytes()
 
     @property
     def held_bytes(self) -> int:

@@ -8,17 +8,19 @@ anew.
 from __future__ import annotations
 
 import logging
+import math
+import pickle
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-import ray
-from ray.exceptions import RayActorError, RayError
-
 from rayltx.devices import DeviceKind, is_out_of_memory
+from rayltx.distributed_worker.driver.link import RAY_ENDED, Answer, RayDriver
 from rayltx.distributed_worker.messages import pack
+from rayltx.distributed_worker.progress import Progress
+from rayltx.distributed_worker.step_control import StepControl
 from rayltx.errors import ClusterError, OutOfMemory, RanksDisagree, RanksFailedAlike, UserError, WorkerDied, WorkerStuck
 
 logger = logging.getLogger(__name__)
@@ -69,49 +71,76 @@ class Outcome(Generic[_Result]):
         return self.result  # type: ignore[return-value]  # a result may be None itself
 
 
-def wait_for_outcomes(
-    references: Mapping[int, ray.ObjectRef], timeout_s: float, poll: Callable[[], None] | None = None
-) -> dict[int, Outcome | RayError]:
-    """Collect what ranks answer, by rank. A dead rank's answer is Ray's error; a silent rank has none.
+@dataclass(frozen=True)
+class Gone:
+    """What a dead rank answers."""
 
-    references: of each rank's answer. poll: called about ten times a second; what it raises ends the waiting, not the
-    ranks' work.
+    reason: str
+
+
+def wait_for_outcomes(
+    driver: RayDriver,
+    answers: Mapping[int, Answer],
+    timeout_s: float,
+    poll: Callable[[], None] | None = None,
+    control: StepControl | None = None,
+    progress: Progress | None = None,
+) -> dict[int, Outcome | Gone]:
+    """Collect what ranks answer, by rank. A silent rank has no outcome.
+
+    answers: of each rank. timeout_s: since the last sign of progress. poll: called about ten times a second; what it raises ends
+    the waiting, not the ranks' work. control: of these calls; a failure lets no rank wait by it.
+    Raises Stuck for ranks that make no progress.
     """
-    waiting = {reference: rank for rank, reference in references.items()}
-    answers: dict[int, Outcome | RayError] = {}
-    deadline = time.monotonic() + timeout_s
+    waiting = {answer: rank for rank, answer in answers.items()}
+    outcomes: dict[int, Outcome | Gone] = {}
+    started, failed = time.monotonic(), None
     while waiting:
-        left = deadline - time.monotonic()
+        begun = started if progress is None else max(started, progress.last)
+        left = min(begun + timeout_s, math.inf if failed is None else failed + GRACE_S) - time.monotonic()
         if left <= 0:
             break
-        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left, POLL_S if poll else left))
-        for reference in ready:
-            rank = waiting.pop(reference)
-            answer = _answer(reference, rank)
-            if _has_failed(answer) and not any(map(_has_failed, answers.values())):
-                deadline = min(deadline, time.monotonic() + GRACE_S)
-            answers[rank] = answer
+        for answer in driver.wait(waiting, min(left, POLL_S if poll or progress else left)):
+            rank = waiting.pop(answer)
+            outcomes[rank] = outcome = _outcome(answer, rank)
+            if _has_failed(outcome) and failed is None:
+                failed = time.monotonic()
+                if control is not None:
+                    control.abort()
         if poll is not None:
             poll()
-    return answers
+        if progress is not None and failed is None and (stuck := progress.stuck(outcomes)):
+            raise Stuck(stuck)
+    return outcomes
 
 
-def _answer(reference: ray.ObjectRef, rank: int) -> Outcome | RayError:
+class Stuck(Exception):
+    """ranks: for how many seconds each has made no progress."""
+
+    def __init__(self, ranks: Mapping[int, float]) -> None:
+        super().__init__(ranks)
+        self.ranks = ranks
+
+
+def _outcome(answer: Answer, rank: int) -> Outcome | Gone:
+    if answer.payload is None:
+        return Gone(answer.failure or "")
     try:
-        outcome: Outcome = ray.get(reference)
-    except RayError as error:
-        return error
+        outcome: Outcome = pickle.loads(answer.payload)
+    except Exception as error:  # whatever it raises for a class that this process cannot make again
+        text = f"its answer cannot be read here: {type(error).__name__}: {error}"
+        outcome = Outcome(failure=Failure(None, type(error).__name__, text, traceback.format_exc()))
     for level, message in outcome.logs:
         logging.getLogger("rayltx.workers").log(level, "rank %d: %s", rank, message)
     return outcome
 
 
-def _has_failed(answer: Outcome | RayError) -> bool:
-    return isinstance(answer, RayError) or answer.failure is not None
+def _has_failed(outcome: Outcome | Gone) -> bool:
+    return isinstance(outcome, Gone) or outcome.failure is not None
 
 
 def results(
-    answers: Mapping[int, Outcome[_Result] | RayError],
+    answers: Mapping[int, Outcome[_Result] | Gone],
     asked: Sequence[int],
     num_ranks: int,
     what: str,
@@ -122,15 +151,17 @@ def results(
     asked: the ranks that were called, of `num_ranks`. what: the work, for messages ("a step", "loading").
     Raises the users' error that all asked ranks raised; RanksFailedAlike; OutOfMemory; RanksDisagree; WorkerDied; WorkerStuck.
     """
-    dead = {rank: answer for rank, answer in answers.items() if isinstance(answer, RayError)}
+    dead = {rank: answer for rank, answer in answers.items() if isinstance(answer, Gone)}
     outcomes = {rank: answer for rank, answer in answers.items() if isinstance(answer, Outcome)}
     failures = {rank: outcome.failure for rank, outcome in outcomes.items() if outcome.failure}
     silent = sorted(set(asked) - set(answers))
     if not dead and not failures and not silent:
         return {rank: outcomes[rank].unwrap() for rank in asked}
     if dead:
-        reason = next(iter(dead.values()))
-        raise WorkerDied(f"{what}: rank {_listed(dead)} of {num_ranks} died ({_first_line(reason)})") from reason
+        reason = _first_line(next(iter(dead.values())).reason)
+        if reason.startswith(RAY_ENDED):
+            raise WorkerDied(f"{what}: {reason}")
+        raise WorkerDied(f"{what}: rank {_listed(dead)} of {num_ranks} died ({reason})")
     if not failures:
         raise WorkerStuck(f"{what}: no answer within {timeout_s:.0f} s from rank {_listed(silent)} of {num_ranks}")
     first = failures[min(failures)]
@@ -166,13 +197,6 @@ def _first_line(text: object) -> str:
     return (str(text).splitlines() or [""])[0][:300]
 
 
-def is_gone(reference: ray.ObjectRef, timeout_s: float) -> bool:
+def is_gone(driver: RayDriver, answer: Answer, timeout_s: float) -> bool:
     """Whether a call shows its worker to be dead, or leaves it unanswered."""
-    ready, _ = ray.wait([reference], timeout=timeout_s)
-    if not ready:
-        return True
-    try:
-        ray.get(ready[0])
-    except RayActorError:
-        return True
-    return False
+    return not driver.wait([answer], timeout_s) or answer.payload is None

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import ray
-
+from rayltx.distributed_worker.driver.kept import Kept
+from rayltx.distributed_worker.driver.link import Answer, RayDriver
 from rayltx.distributed_worker.machine_record import MachineRecord
-from rayltx.distributed_worker.outcomes import is_gone, results, wait_for_outcomes
+from rayltx.distributed_worker.meeting import MeetingPoint
+from rayltx.distributed_worker.outcomes import Stuck, is_gone, results, wait_for_outcomes
+from rayltx.distributed_worker.progress import Progress
 from rayltx.distributed_worker.request import ClusterRequest
+from rayltx.distributed_worker.stacks import STACK_SIGNAL, stack_of
+from rayltx.distributed_worker.step_control import StepControl
 from rayltx.distributed_worker.worker import LinkReport, Worker, WorkerInfo
 from rayltx.distributed_worker.worker_calls import Call, CallKind, ask
-from rayltx.errors import ClusterError, ExchangeError, OutOfMemory, RanksDisagree, RanksFailedAlike, WorkerStuck
+from rayltx.errors import (
+    ClusterError,
+    ExchangeError,
+    OutOfMemory,
+    RanksDisagree,
+    RanksFailedAlike,
+    StepCancelled,
+    WorkerStuck,
+    listed,
+)
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -25,6 +40,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0  # for everything that is not a step
 _PING_TIMEOUT_S = 5.0
 _JOIN_TIMEOUT_S = 120.0  # a link that hangs is told from a slow start, which is over by then
+_STACK_S = 0.5  # that a worker has to write its stack
 _COLLECTIVE_TIMEOUT = 1.5  # of a step's limit
 
 _Result = TypeVar("_Result")
@@ -34,27 +50,30 @@ _Result = TypeVar("_Result")
 class _CallsUnderWay:
     """What ranks were asked together, and have not answered."""
 
-    references: Mapping[int, ray.ObjectRef]
+    answers: Mapping[int, Answer]
     what: str
     timeout_s: float
     num_ranks: int  # of the group for a collective call, else of all workers
     is_collective: bool
+    control: StepControl | None = None  # of those that are under way together
+    is_watched: bool = False  # whether blocks tell how they get on
 
 
 class RankGroup:
     """All workers, and the process group that the first of them form.
 
-    start_worker: starts the process of a rank, with or without (True) peer-to-peer copies, and returns at once.
+    start_worker: starts the process of a rank, with or without (True) peer-to-peer copies. Returns its number at once.
     reload: gives models to ranks that were replaced. It may call them, and must not ask for the group to be mended.
     """
 
     def __init__(
         self,
         request: ClusterRequest,
-        start_worker: Callable[[int, bool], ray.actor.ActorHandle],
+        driver: RayDriver,
+        start_worker: Callable[[int, bool], int],
         reload: Callable[[Sequence[int]], None],
     ) -> None:
-        self._request, self._start_worker, self._reload = request, start_worker, reload
+        self._request, self._driver, self._start_worker, self._reload = request, driver, start_worker, reload
         self._record = MachineRecord(request.machine_record, request.gpu_names())
         self._without_peer_to_peer = self._record.needs_no_peer_to_peer()
         self._actors = [start_worker(rank, self._without_peer_to_peer) for rank in range(request.workers)]
@@ -65,6 +84,8 @@ class RankGroup:
         self._lacking: set[int] = set()  # ranks that were replaced, and may not have the models yet
         self._abandoned: _CallsUnderWay | None = None
         self._ended = False
+        self._poll: Callable[[], None] | None = None
+        self._numbers = itertools.count()  # of groups
         self.link_report: LinkReport | None = None  # of the group that last formed, as rank 0 found it
 
     @property
@@ -77,7 +98,8 @@ class RankGroup:
 
     @property
     def is_alive(self) -> bool:
-        return not self._ended and ray.is_initialized()
+        """Whether its workers can be asked: if need be, by others in their places."""
+        return not self._ended
 
     @property
     def is_broken(self) -> bool:
@@ -85,24 +107,31 @@ class RankGroup:
         return self._broken
 
     def end(self) -> None:
-        """End the workers, unless they went with Ray."""
+        """End the workers."""
         self._ended = True
-        if ray.is_initialized():
-            for actor in self._actors:
-                ray.kill(actor)
+        for actor in self._actors:
+            self._driver.end_worker(actor)
 
     # ---- calling
 
-    def start(self, rank: int, call: Call[Worker, _Result]) -> ray.ObjectRef:
-        """Have a worker run a call after what it is doing. Returns a reference to the `Outcome`, which nobody waits for."""
-        # Apart, for Ray to put objects in the place of references among the arguments.
-        return self._actors[rank].run.remote(call.method, call.kwargs, *call.args)
+    def _start(self, rank: int, call: Call[Worker, _Result]) -> Answer:
+        """Have a worker run a call after what it is doing. Nobody waits for it."""
+        return self._driver.call(self._actors[rank], call)
+
+    def start_and_keep(self, rank: int, call: Call[Worker, _Result]) -> tuple[Answer, Kept]:
+        """The same, with what the call gives left in Ray's store, to be handed to others. `collect` says whether it went well."""
+        return self._driver.call_and_keep(self._actors[rank], call)
+
+    def collect(self, rank: int, answer: Answer, what: str) -> None:
+        """Wait for what was started by itself. Raises as `run`."""
+        calls = _CallsUnderWay({rank: answer}, what, START_TIMEOUT_S, self._request.workers, is_collective=False)
+        self._collect(calls)
 
     def tell_all(self, call: Call[Worker, object]) -> None:
         """Have all workers run a call after what they are doing. Nothing is waited for, nor reported."""
         if self.is_alive:
             for rank in self.all_ranks:
-                self.start(rank, call)
+                self._start(rank, call)
 
     def run(
         self,
@@ -110,34 +139,62 @@ class RankGroup:
         what: str,
         timeout_s: float = START_TIMEOUT_S,
         poll: Callable[[], None] | None = None,
+        control: StepControl | None = None,
+        is_watched: bool = False,
     ) -> dict[int, _Result]:
         """Have ranks run a call each, and wait. Returns what each gave, by rank.
 
-        what: the work, for messages. poll: see `wait_for_outcomes`.
+        what: the work, for messages. poll: see `wait_for_outcomes`. control: which the calls have, too. is_watched: whether a
+        rank that enters no block is stuck.
         Raises as `outcomes.results`; after RanksDisagree, WorkerDied and WorkerStuck the group has to be mended.
         """
         is_collective = any(call.kind is CallKind.COLLECTIVE for call in calls.values())
-        references = {rank: self.start(rank, call) for rank, call in calls.items()}
+        answers = {rank: self._start(rank, call) for rank, call in calls.items()}
         num_ranks = len(calls) if is_collective else self._request.workers
-        return self._collect(_CallsUnderWay(references, what, timeout_s, num_ranks, is_collective), poll)
+        calls_under_way = _CallsUnderWay(answers, what, timeout_s, num_ranks, is_collective, control, is_watched)
+        return self._collect(calls_under_way, poll)
 
     def run_on(self, ranks: Sequence[int], call: Call[Worker, _Result], what: str) -> dict[int, _Result]:
         """`run` with the same call for some ranks."""
         return self.run(dict.fromkeys(ranks, call), what)
 
-    def _collect(self, calls: _CallsUnderWay, poll: Callable[[], None] | None = None) -> dict[int, Any]:
+    @contextlib.contextmanager
+    def polling(self, poll: Callable[[], None]) -> Iterator[None]:
+        """Within the `with`, whatever is waited for can be ended by what this raises; it is called about ten times a second."""
+        before, self._poll = self._poll, poll
         try:
-            answers = wait_for_outcomes(calls.references, calls.timeout_s, poll)
+            yield
+        finally:
+            self._poll = before
+
+    def _collect(self, calls: _CallsUnderWay, poll: Callable[[], None] | None = None) -> dict[int, Any]:
+        poll = poll or self._poll
+        progress = Progress(calls.control) if calls.control is not None and calls.is_watched else None
+        try:
+            outcomes = wait_for_outcomes(self._driver, calls.answers, calls.timeout_s, poll, calls.control, progress)
+        except Stuck as stuck:
+            self._broken = True
+            assert progress is not None and calls.control is not None
+            calls.control.abort()
+            self._log_stacks(stuck.ranks)
+            told = [f"rank {rank}, in block {progress.where(rank)}" for rank in sorted(stuck.ranks)]
+            raise WorkerStuck(
+                f"{calls.what}: no progress for {max(stuck.ranks.values()):.0f} s of {listed(told)} of {calls.num_ranks}"
+            ) from None
         except BaseException:
-            # Interrupted: the workers go on with what they were given. What comes next waits for them.
+            # Interrupted: they stop at the next block, or go on with what they were given. What comes next waits for them.
+            if calls.control is not None:
+                calls.control.cancel()
             self._abandoned = calls
             raise
         try:
-            return results(answers, tuple(calls.references), calls.num_ranks, calls.what, calls.timeout_s)
+            return results(outcomes, tuple(calls.answers), calls.num_ranks, calls.what, calls.timeout_s)
+        except StepCancelled:
+            raise
         except (RanksFailedAlike, OutOfMemory):
-            if len(answers) < len(calls.references) and not calls.is_collective:
+            if len(outcomes) < len(calls.answers) and not calls.is_collective:
                 self._abandoned = calls  # the others go on by themselves; what comes next waits for them
-            elif len(answers) < len(calls.references):
+            elif len(outcomes) < len(calls.answers):
                 self._broken = True  # a rank waits for one that ran out of memory, and notices nothing
             elif calls.is_collective:
                 # Nobody is out of step, but a rank that fails in a collective call leaves its group. On a GPU one that has
@@ -149,8 +206,29 @@ class RankGroup:
             self._broken = True
             raise
 
+    def _log_stacks(self, ranks: Collection[int]) -> None:
+        """Write to the log what ranks are doing, as far as they can say it still."""
+        if not self._driver.shares_memory or self._infos is None:
+            return
+        pids = {rank: self._infos[rank].pid for rank in ranks}
+        for pid in pids.values():
+            with contextlib.suppress(OSError):
+                os.kill(pid, STACK_SIGNAL)
+        time.sleep(_STACK_S)
+        for rank, pid in pids.items():
+            stack = stack_of(self._driver.folder, pid)
+            logger.warning("rank %d: %s", rank, stack or "says nothing: its process is stopped, or stuck in the system")
+
     def workers(self) -> list[WorkerInfo]:
-        """Who the workers are, by rank. Waits for them to have started."""
+        """Who the workers are, by rank. Waits for them to have started, and starts others where one did not."""
+
+        def started() -> list[WorkerInfo]:
+            self.ensure_whole()
+            return self._started()
+
+        return self.repeated(started, "starting the workers", repeats=1)
+
+    def _started(self) -> list[WorkerInfo]:
         if self._infos is None:
             starting = _CallsUnderWay(
                 self._preparing, "starting the workers", START_TIMEOUT_S, self._request.workers, is_collective=False
@@ -159,8 +237,8 @@ class RankGroup:
             self._infos = [infos[rank] for rank in self.all_ranks]
         return self._infos
 
-    def _prepare(self, rank: int) -> ray.ObjectRef:
-        return self.start(rank, ask(Worker.prepare, self._request.host, self._request.bootstrap))
+    def _prepare(self, rank: int) -> Answer:
+        return self._start(rank, ask(Worker.prepare, self._request.host, self._request.bootstrap))
 
     # ---- the process group
 
@@ -179,7 +257,7 @@ class RankGroup:
 
     def _join(self, config: ParallelConfig) -> None:
         """Form the group, with peer-to-peer copies off where the ranks cannot reach each other otherwise."""
-        self.workers()
+        self._started()
         meeting_point = self._meeting_point()
         try:
             self._form_and_try(config, meeting_point)
@@ -198,14 +276,16 @@ class RankGroup:
             if isinstance(error, WorkerStuck) or ExchangeError.__name__ in f"{type(error).__name__} {error}":
                 self._record.remember_no_peer_to_peer()
 
-    def _meeting_point(self) -> tuple[str, int]:
+    def _meeting_point(self) -> MeetingPoint:
         """Where the ranks can form a group. None of them is in one."""
         self._config = None
         # All at once: taking a group's communicators apart may wait for every rank of it.
         self.run_on(self.all_ranks, ask(Worker.leave), "leaving the group")
-        return self.run_on([0], ask(Worker.open_store, self._request.group_address), "forming the group")[0]
+        if self._driver.shares_memory and not self._request.group_address:
+            return MeetingPoint(path=str(self._driver.folder / f"group-{next(self._numbers)}"))
+        return self.run_on([0], ask(Worker.open_meeting_point, self._request.group_address), "forming the group")[0]
 
-    def _form_and_try(self, config: ParallelConfig, meeting_point: tuple[str, int]) -> None:
+    def _form_and_try(self, config: ParallelConfig, meeting_point: MeetingPoint) -> None:
         # Longer than a step may take: of a rank that hangs, this process is to hear first, and says which it is.
         timeout_s = _COLLECTIVE_TIMEOUT * self._request.step_timeout_s
         joining = {rank: ask(Worker.join, rank, config, meeting_point, timeout_s) for rank in range(config.world_size)}
@@ -218,16 +298,24 @@ class RankGroup:
 
     # ---- after failures
 
-    def repeated(self, work: Callable[[], _Result], what: str, repeats: int = 2) -> _Result:
+    def repeated(
+        self,
+        work: Callable[[], _Result],
+        what: str,
+        repeats: int = 2,
+        again: tuple[type[ClusterError], ...] = (ClusterError,),
+    ) -> _Result:
         """What some work gives that mends the group first. After a failure of the group it is done again, so often at most.
 
+        again: the failures after which it is.
         Raises the last failure; at once what every rank raised, and out of memory, which would come again.
         """
         for attempt in itertools.count():
             try:
                 return work()
             except ClusterError as error:
-                if isinstance(error, (RanksFailedAlike, OutOfMemory)) or attempt == repeats:
+                is_final = isinstance(error, (RanksFailedAlike, OutOfMemory)) or not isinstance(error, again)
+                if self._ended or is_final or attempt == repeats:
                     raise
                 logger.warning("%s; repeating %s", error, what)
         raise AssertionError("unreachable")
@@ -240,11 +328,15 @@ class RankGroup:
 
     def _settle(self) -> None:
         """Wait for calls that were interrupted, so that no rank is in an older step than another."""
+        if self._ended:
+            raise ClusterError("the workers were ended")
         if self._abandoned is not None:
             calls, self._abandoned = self._abandoned, None
             calls = dataclasses.replace(calls, what="an interrupted step", timeout_s=self._request.step_timeout_s)
             try:
                 self._collect(calls)
+            except StepCancelled:
+                pass
             except Exception as error:  # nobody waits for that step any more; a broken group is noted
                 logger.warning("%s", error)
 
@@ -252,24 +344,28 @@ class RankGroup:
         """Replace workers that died or do not answer, give the new ones the models, and form the group anew."""
         started = time.monotonic()
         config, self._config = self._config, None
-        gone = self._gone()
+        restarted = not self._driver.is_running
+        if restarted:
+            self._driver.restart()
+        gone = list(self.all_ranks) if restarted else self._gone()
         self._replace(gone)
         self._broken = False
         if config is not None:
             self._join(config)
         replaced = f"replaced rank {', '.join(map(str, gone))}" if gone else "no worker was lost"
+        replaced = "started Ray again" if restarted else replaced
         logger.warning("the group was formed anew in %.1f s (%s)", time.monotonic() - started, replaced)
 
     def _replace(self, ranks: Sequence[int]) -> None:
         """Start workers in others' places, and give them the models."""
         self._broken = True  # until they are whole, whatever happens on the way
         for rank in ranks:
-            ray.kill(self._actors[rank])
+            self._driver.end_worker(self._actors[rank])
             self._actors[rank] = self._start_worker(rank, self._without_peer_to_peer)
             self._preparing[rank] = self._prepare(rank)
         self._infos = None
         self._lacking.update(ranks)
-        self.workers()
+        self._started()
         self._reload(sorted(self._lacking))
         self._lacking.clear()
 
@@ -277,5 +373,5 @@ class RankGroup:
         """The ranks to replace. The others have left the group."""
         if not self._request.on_cpu:
             return list(self.all_ranks)  # a communicator in an unknown state can hang its process at any time
-        pings = {rank: self.start(rank, ask(Worker.leave)) for rank in self.all_ranks}
-        return [rank for rank, ping in pings.items() if is_gone(ping, _PING_TIMEOUT_S)]
+        pings = {rank: self._start(rank, ask(Worker.leave)) for rank in self.all_ranks}
+        return [rank for rank, ping in pings.items() if is_gone(self._driver, ping, _PING_TIMEOUT_S)]

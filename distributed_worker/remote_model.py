@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from rayltx.distributed_worker.host import Host
-from rayltx.distributed_worker.messages import SentTensors, SharedTensors, Store, pack, unpack
+from rayltx.distributed_worker.messages import Store, pack, unpack
 from rayltx.distributed_worker.rank_group import START_TIMEOUT_S, RankGroup
 from rayltx.distributed_worker.request import ModelSource
+from rayltx.distributed_worker.sending import Sending
+from rayltx.distributed_worker.step_control import StepControl
 from rayltx.distributed_worker.weight_sharing import Progress, SharedWeights
 from rayltx.distributed_worker.worker import Worker
 from rayltx.distributed_worker.worker_calls import Call, CallKind, ask, ask_together
+from rayltx.errors import CheckpointError, ClusterError, OutOfMemory, RanksFailedAlike, UserError
 from rayltx.sequence_parallel.partition import ParallelConfig
+
+logger = logging.getLogger(__name__)
 
 _HostClass = TypeVar("_HostClass", bound=Host)
 _Result = TypeVar("_Result")
@@ -22,7 +28,7 @@ _Result = TypeVar("_Result")
 class RemoteModel:
     """A model that the workers hold. `Cluster.load` makes it.
 
-    sent: what may be asked for again of the tensors that were sent, by all models.
+    sending: how tensors reach the workers, those of all models.
     on_forgotten: called with the model's id when the workers need not have it any more.
     """
 
@@ -32,13 +38,14 @@ class RemoteModel:
         model_id: str,
         group: RankGroup,
         weights: SharedWeights,
-        sent: SentTensors,
+        sending: Sending,
         on_forgotten: Callable[[str], None],
     ) -> None:
         self.source, self.model_id, self.weights = source, model_id, weights
-        self._group, self._sent, self._on_forgotten = group, sent, on_forgotten
+        self._group, self._sending, self._on_forgotten = group, sending, on_forgotten
         self._setups: dict[str, Call[Worker, object]] = {}  # by key, in the order in which they were made
         self._forgotten = False
+        self._lost: str | None = None  # why the workers do not have it any more
 
     # ---- loading
 
@@ -54,6 +61,19 @@ class RemoteModel:
             self._group.run_on(ranks, setup, what)
         if progress is not None:
             progress(source.weight_bytes, source.weight_bytes)
+
+    def load_again_on(self, ranks: Sequence[int]) -> None:
+        """`load_on`, on workers that took others' places. What cannot be had again ends this model, and no other.
+
+        Raises as `load_on` where workers failed, not where the file or the model did.
+        """
+        try:
+            self.load_on(ranks)
+        except (UserError, RanksFailedAlike, OutOfMemory) as error:
+            reason = str(error).splitlines()[0]
+            self._lost = f"{os.path.basename(self.source.checkpoint.path)} could not be loaded again: {reason}"
+            logger.error("%s", self._lost)
+            self.release_unless_busy()
 
     def release(self) -> None:
         """Let the workers forget the model. Its memory is free when this returns."""
@@ -89,24 +109,31 @@ class RemoteModel:
         timeout_s: float | None = None,
         poll: Callable[[], None] | None = None,
         repeats: int = 2,
+        again: tuple[type[ClusterError], ...] = (ClusterError,),
     ) -> _Result:
         """Have the ranks of a group run a host's call together. Returns rank 0's result.
 
         Tensors in the arguments may be anywhere, and travel once for as long as they stay the same.
         timeout_s: None stands for the request's limit of a step. poll: see `wait_for_outcomes`; raising in it cancels.
         A call that failed because a rank died, hung or failed alone is repeated, by a group that was mended, up to
-        `repeats` times. Raises as `outcomes.results`.
+        `repeats` times; again: after which of these failures. Raises as `outcomes.results`.
         """
         group = self._group
         limit_s = group.request.step_timeout_s if timeout_s is None else timeout_s
 
         def work() -> _Result:
             group.form(config)
-            worker_call = self._on_worker(call, self._sent)
-            answers = group.run(dict.fromkeys(range(config.world_size), worker_call), what, limit_s, poll)
-            return unpack(answers[0])
+            self._check_not_lost()
+            control = StepControl(config.world_size) if self._sending.shares_memory else None
+            worker_call = self._on_worker(call, self._sending.of_steps, control=control)
+            calls = dict.fromkeys(range(config.world_size), worker_call)
+            is_step = call.method == Host.forward.__name__
+            return unpack(group.run(calls, what, limit_s, poll, control, is_watched=is_step)[0])
 
-        return group.repeated(work, what, repeats)
+        if poll is None:
+            return group.repeated(work, what, repeats, again)
+        with group.polling(poll):  # also of what has to be waited for before
+            return group.repeated(work, what, repeats, again)
 
     def call(
         self,
@@ -128,7 +155,7 @@ class RemoteModel:
         key: a later setup with the same key takes this one's place. as_views: see `Message`; large tensors are in the
         object store once for all workers either way.
         """
-        worker_call = self._on_worker(call, SharedTensors(), as_views)
+        worker_call = self._on_worker(call, self._sending.of_setups, as_views)
         self._run(worker_call, what, self._group.all_ranks)
         self._setups.pop(key, None)
         self._setups[key] = worker_call
@@ -147,14 +174,24 @@ class RemoteModel:
     ) -> dict[int, _Result]:
         def work() -> dict[int, _Result]:
             self._group.ensure_whole()
+            self._check_not_lost()
             return self._group.run(dict.fromkeys(ranks, call), what, timeout_s)
 
         return self._group.repeated(work, what)
 
+    def _check_not_lost(self) -> None:
+        if self._lost is not None:
+            raise CheckpointError(f"{self._lost}; load the model again")
+
     def _on_worker(
-        self, call: Call[_HostClass, Any], store: Store | None = None, as_views: bool = False
+        self,
+        call: Call[_HostClass, Any],
+        store: Store | None = None,
+        as_views: bool = False,
+        control: StepControl | None = None,
     ) -> Call[Worker, Any]:
         """A host's call as the worker is asked it."""
         arguments = pack((call.args, call.kwargs), store, self.source.refer, as_views)
-        method = Worker.call_host_together if call.kind is CallKind.COLLECTIVE else Worker.call_host
-        return ask(method, self.model_id, call.method, arguments)
+        if call.kind is CallKind.COLLECTIVE:
+            return ask(Worker.call_host_together, self.model_id, call.method, arguments, control)
+        return ask(Worker.call_host, self.model_id, call.method, arguments)

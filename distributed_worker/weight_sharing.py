@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import ray
-
+from rayltx.distributed_worker.driver.kept import Kept
+from rayltx.distributed_worker.driver.link import Answer
 from rayltx.distributed_worker.object_store import StoreBudget
 from rayltx.distributed_worker.rank_group import RankGroup
 from rayltx.distributed_worker.request import ModelSource
@@ -32,7 +32,7 @@ class SharedWeights:
 
     def __init__(self, source: ModelSource, model_id: str, group: RankGroup, store: StoreBudget) -> None:
         self._source, self._model_id, self._group, self._store = source, model_id, group, store
-        self._portions: list[ray.ObjectRef] = []  # those that are kept
+        self._portions: list[Kept] = []  # those that are kept
         self._from_file = False
         self._names = source.checkpoint.portions
         self._sizes = [sum(source.checkpoint.tensors[name].num_bytes for name in names) for names in self._names]
@@ -44,6 +44,8 @@ class SharedWeights:
 
     def give_to(self, ranks: Sequence[int], what: str, progress: Progress | None = None) -> None:
         """Let workers that have built the model take its weights. what: the work, for messages."""
+        if any(not portion.is_there for portion in self._portions):
+            self._portions = []  # they went with the Ray that kept them
         if not self._portions and not self._from_file:
             self._from_file = self._group.request.map_files or not self._fits()
         if self._from_file:
@@ -53,7 +55,7 @@ class SharedWeights:
             self._group.run_on(ranks, call, what)
         elif self._stay_shared:
             if not self._portions:
-                self._read_all(progress)
+                self._read_all(what, progress)
             self._group.run_on(ranks, ask(Worker.take_portions, self._model_id, *self._portions), what)
         else:
             self._pass_through(ranks, what, progress)
@@ -75,22 +77,25 @@ class SharedWeights:
         )
         return False
 
-    def _read(self, names: Sequence[str]) -> ray.ObjectRef:
-        return self._group.start(0, ask(Worker.read_portion, self._source.checkpoint, names, self._source.dtypes))
+    def _read(self, names: Sequence[str]) -> tuple[Answer, Kept]:
+        call = ask(Worker.read_portion, self._source.checkpoint, names, self._source.dtypes)
+        return self._group.start_and_keep(0, call)
 
-    def _read_all(self, progress: Progress | None) -> None:
+    def _read_all(self, what: str, progress: Progress | None) -> None:
         reading = [self._read(names) for names in self._names]
-        for number, portion in enumerate(reading, start=1):
-            ray.wait([portion], fetch_local=False)
+        for number, (answer, _) in enumerate(reading, start=1):
+            self._group.collect(0, answer, what)
             self._report(progress, number)
-        self._portions = reading
+        self._portions = [portion for _, portion in reading]
         self._store.hold(self._model_id, self._source.weight_bytes)
 
     def _pass_through(self, ranks: Sequence[int], what: str, progress: Progress | None) -> None:
-        reading: list[ray.ObjectRef] = []
+        reading: list[tuple[Answer, Kept]] = []
         for number in range(len(self._names)):
             reading += [self._read(names) for names in self._names[number + len(reading) : number + _PORTIONS_AHEAD]]
-            self._group.run_on(ranks, ask(Worker.take_portions, self._model_id, reading.pop(0)), what)
+            answer, portion = reading.pop(0)
+            self._group.collect(0, answer, what)
+            self._group.run_on(ranks, ask(Worker.take_portions, self._model_id, portion), what)
             self._report(progress, number + 1)
 
     def _report(self, progress: Progress | None, portions: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import importlib
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +18,24 @@ import psutil
 import ray.util
 import torch
 import torch.distributed as dist
+from ray import cloudpickle
 
 from rayltx.devices import CPU, kind_of
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.failure_watch import FailureWatch, abort_group
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.host import Host
-from rayltx.distributed_worker.messages import Message, bytes_of_tensor, pack, unpack
+from rayltx.distributed_worker.meeting import MeetingPoint, use_interface_of
+from rayltx.distributed_worker.messages import Message, SharedTensors, bytes_of_tensor, load_call, pack, unpack
 from rayltx.distributed_worker.object_store import SHARED_MEMORY
 from rayltx.distributed_worker.outcomes import Failure, Outcome
+from rayltx.distributed_worker.pace import Pace
 from rayltx.distributed_worker.request import Bootstrap
+from rayltx.distributed_worker.stacks import write_stacks_into
+from rayltx.distributed_worker.step_control import StepControl
 from rayltx.distributed_worker.weights import WeightPortion, map_file
 from rayltx.distributed_worker.worker_calls import collective, individual
-from rayltx.errors import DeviceError, UserError
+from rayltx.errors import DeviceError, StepCancelled, UserError
 from rayltx.sequence_parallel.first_exchange import ExchangeReport, check_exchange
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -65,13 +72,20 @@ def import_dotted(path: str) -> Any:
 
 
 class Worker:
-    """Runs in a Ray actor. What it can be asked has a mark (see `worker_calls`), and is asked through `run`."""
+    """Runs in a Ray actor. What it can be asked has a mark (see `worker_calls`), and is asked through `answer`."""
 
-    def __init__(self, device: str, num_threads: int) -> None:
+    def __init__(self, device: str, num_threads: int, shared_folder: str = "") -> None:
+        """shared_folder: see `RayWorker`."""
         self._device = kind_of(device)
+        self._store = SharedTensors() if shared_folder else None
+        if shared_folder:
+            write_stacks_into(shared_folder)
+        else:
+            use_interface_of(ray.util.get_node_ip_address())
+        self._result: Message | None = None  # kept until the next, for who asked to map what it shares
         self._models: dict[str, Host] = {}
         self._group: SequenceParallelGroup | None = None
-        self._store: dist.TCPStore | None = None
+        self._meeting: dist.TCPStore | None = None
         self._watch: FailureWatch | None = None
         self._logs = _CollectingHandler()
         package_logger = logging.getLogger("rayltx")
@@ -79,12 +93,18 @@ class Worker:
         package_logger.setLevel(logging.INFO)
         torch.set_num_threads(num_threads)  # Ray sets OMP_NUM_THREADS=1
 
-    def run(self, method: str, kwargs: dict[str, object], *args: object) -> Outcome:
-        """Run one of the other methods. What it raises is returned, so that Ray has nothing to wrap."""
+    def answer(self, payload: bytes, kept: Sequence[object], keeps: bool = False) -> tuple[bytes, object]:
+        """Run one of the other methods. Returns a pickled Outcome, and with `keeps` the result apart from it.
+
+        payload, kept: see `messages.load_call`. What is raised is returned, so that Ray has nothing to wrap.
+        """
+        result = None
         try:
-            return Outcome(result=getattr(self, method)(*args, **kwargs), logs=self._logs.drain())
+            call = load_call(payload, kept)
+            result = getattr(self, call.method)(*call.args, **call.kwargs)
+            return cloudpickle.dumps(Outcome(None if keeps else result, logs=self._logs.drain())), result
         except Exception as error:  # the process boundary
-            return Outcome(failure=Failure.of(error, self._device), logs=self._logs.drain())
+            return cloudpickle.dumps(Outcome(failure=Failure.of(error, self._device), logs=self._logs.drain())), None
 
     # ---- the process
 
@@ -106,20 +126,20 @@ class Worker:
     # ---- the process group
 
     @individual
-    def open_store(self, address: str) -> tuple[str, int]:
+    def open_meeting_point(self, address: str) -> MeetingPoint:
         """Offer the ranks a meeting point, at an address (host:port), or at a free port for "". Returns where it is.
 
         For rank 0. Raises what torch raises for an address that is taken.
         """
         host, _, port = address.rpartition(":")
         host = host or ray.util.get_node_ip_address()
-        self._store = None  # the port of an earlier group is free again
-        self._store = dist.TCPStore(host, int(port or 0), is_master=True, wait_for_workers=False)
-        return host, self._store.port
+        self._meeting = None  # the port of an earlier group is free again
+        self._meeting = dist.TCPStore(host, int(port or 0), is_master=True, wait_for_workers=False)
+        return MeetingPoint(host=host, port=self._meeting.port, prefix=secrets.token_hex(16))
 
     @collective
     def join(
-        self, rank: int, config: ParallelConfig, meeting_point: tuple[str, int], timeout_s: float
+        self, rank: int, config: ParallelConfig, meeting_point: MeetingPoint, timeout_s: float
     ) -> LinkReport | None:
         """Form a process group with the other ranks, in place of an earlier one, and try it. Returns None for one rank.
 
@@ -130,14 +150,12 @@ class Worker:
         if config.world_size == 1:
             self._group = SequenceParallelGroup.single()
             return None
-        timeout = datetime.timedelta(seconds=timeout_s)
-        store = self._store if rank == 0 else dist.TCPStore(*meeting_point, is_master=False, timeout=timeout)
         dist.init_process_group(
             self._device.collectives,
-            store=store,
+            store=meeting_point.join(timeout_s),
             rank=rank,
             world_size=config.world_size,
-            timeout=timeout,
+            timeout=datetime.timedelta(seconds=timeout_s),
         )
         free_bytes = self._device.free_bytes()
         try:
@@ -186,10 +204,10 @@ class Worker:
         return WeightPortion.read(checkpoint, names, dtypes)
 
     @individual
-    def take_portions(self, model_id: str, *portions: Outcome[WeightPortion]) -> None:
-        """Assign what a worker read. Ray hands in the objects behind the references, mapped. Raises what reading raised."""
+    def take_portions(self, model_id: str, *portions: Any) -> None:
+        """Assign what a worker read: `WeightPortion`s, for which who asks has what stands for them in Ray's store."""
         for portion in portions:
-            self._models[model_id].assign(portion.unwrap().map())
+            self._models[model_id].assign(portion.map())
 
     @individual
     def take_file(
@@ -232,18 +250,28 @@ class Worker:
         return call()
 
     @collective
-    def call_host_together(self, model_id: str, method: str, arguments: Message) -> Message | None:
+    def call_host_together(
+        self, model_id: str, method: str, arguments: Message, control: StepControl | None = None
+    ) -> Message | None:
         """Call a method of a host that takes the group first. Returns rank 0's result. Raises what it raises.
 
-        User errors are raised alike on every rank, before anything is exchanged, and leave the group whole.
+        User errors are raised alike on every rank, before anything is exchanged, and leave the group whole; so does a cancel.
         """
         group, watch = self._group, self._watch
         assert group is not None, "no process group"
+        if control is not None:
+            pace, rank = Pace(self._device), group.rank
+
+            def at_block() -> None:
+                pace.keep()
+                control.at_block(rank)
+
+            group = dataclasses.replace(group, at_block=at_block)
         if watch is not None:
             watch.begin()
         try:
             result = self._bound(model_id, method, arguments)(group)
-        except UserError:
+        except (UserError, StepCancelled):
             raise
         except Exception:
             # The others may be waiting for this rank.
@@ -254,7 +282,8 @@ class Worker:
         finally:
             if watch is not None:
                 watch.end()
-        return pack(result) if group.rank == 0 else None
+        self._result = pack(result, self._store) if group.rank == 0 else None
+        return self._result
 
     def _bound(self, model_id: str, method: str, arguments: Message) -> Callable[..., object]:
         host = self._models[model_id]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -11,11 +12,16 @@ from rayltx.errors import ParallelConfigError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 
+def _go_on() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class SequenceParallelGroup:
     """One rank's view of the ranks that share a sequence.
 
     The process groups are None where they would have one member: no collective is called then.
+    at_block: what a host calls before each transformer block, on every rank alike. It may raise, on every rank alike.
     """
 
     config: ParallelConfig
@@ -23,6 +29,7 @@ class SequenceParallelGroup:
     world: ProcessGroup | None = None
     ulysses: ProcessGroup | None = None
     ring: ProcessGroup | None = None
+    at_block: Callable[[], None] = field(default=_go_on, compare=False)
 
     @property
     def world_size(self) -> int:

@@ -1,7 +1,9 @@
 """Hosts that fail in chosen ways, for the workers of the tests. Imported by the workers."""
 
 import ctypes
+import functools
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -31,7 +33,21 @@ class FailingHost(DiffusersHost):
                 while dist.is_initialized():  # as kernels of NCCL wait: nothing but the end of the group ends it
                     time.sleep(0.05)
                 raise RuntimeError("NCCL communicator was aborted on rank")
-        if kind is not None and group.rank == rank and not Path(path).exists():
+        if kind == "wait in a block":
+            block = self._transformer.transformer_blocks[rank]
+            handle = block.register_forward_pre_hook(functools.partial(_wait_for, path, group.rank))
+            try:
+                return super().forward(group, inputs)
+            finally:
+                handle.remove()
+        if kind in ("stop in a block", "loop in a block") and group.rank == rank and not Path(path).exists():
+            hang = functools.partial(_hang, path, kind)
+            handle = self._transformer.transformer_blocks[1].register_forward_pre_hook(hang)
+            try:
+                return super().forward(group, inputs)
+            finally:
+                handle.remove()
+        if kind is not None and " in a block" not in kind and group.rank == rank and not Path(path).exists():
             Path(path).touch()
             if kind == "raise":
                 raise RuntimeError("only this rank is out of memory")
@@ -44,6 +60,21 @@ class FailingHost(DiffusersHost):
                 assert weight.nbytes > 3 * 4096
                 ctypes.memset(weight.data_ptr() + weight.nbytes // 2, 0, 8)
         return super().forward(group, inputs)
+
+
+def _wait_for(path, rank, *_):
+    Path(f"{path}-{rank}").touch()
+    while not Path(path).exists():
+        time.sleep(0.01)
+    time.sleep(0.3)  # for the cancel that follows
+
+
+def _hang(path, kind, *_):
+    Path(path).touch()
+    if kind == "stop in a block":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        time.sleep(0.01)
 
 
 class EchoHost:
@@ -70,7 +101,9 @@ class EchoHost:
     def forward(self, group, inputs):
         if group.world is not None:
             dist.barrier(group.world)
-        return inputs if group.rank == 0 else None
+        if group.rank != 0:
+            return None
+        return {name: inputs[name] for name in [inputs["answer"]] if name in inputs} if "answer" in inputs else inputs
 
 
 def corrupting_unless_told(payload, device):

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from rayltx.comfy_dist.comfy_types import Options
 from rayltx.comfy_dist.main_process.forwarding import MODEL_PREFIX, OPTION_PATCHES
 from rayltx.comfy_dist.model_spec import OWN_ATTENTION, TEXT_MODULES
@@ -92,8 +94,8 @@ def digest_of(message: Message) -> bytes:
     digest = hashlib.sha256(message.payload)
     for wire in message.tensors:
         digest.update(repr((wire.dtype, wire.shape)).encode())
-        if getattr(wire.data, "nbytes", INLINE_BYTES) < INLINE_BYTES:
-            digest.update(bytes(wire.data))
+        if isinstance(wire.data, np.ndarray) and wire.data.nbytes < INLINE_BYTES:
+            digest.update(wire.data.data)
     return digest.digest()
 
 

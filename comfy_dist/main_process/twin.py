@@ -250,14 +250,15 @@ def load_twin(
         cluster = Cluster.start(placement.request)
         base_model = detected.base_model
         refer = module_names(base_model.diffusion_model)
-        remote = cluster.load(
-            checkpoint, detected.spec, COMFY_HOST, detected.dtypes, progress, keeps_host_copy=True, refer=refer
-        )
+        with cluster.group.polling(comfy.model_management.throw_exception_if_processing_interrupted):
+            remote = cluster.load(
+                checkpoint, detected.spec, COMFY_HOST, detected.dtypes, progress, keeps_host_copy=True, refer=refer
+            )
         link = WorkerLink(cluster, remote, placement, detected)
         try:
             link.move(placement)
         except BaseException:
-            remote.release()
+            remote.release_unless_busy()
             raise
         logger.info(
             "%s, %s: %.2f GiB on %d workers in %.1f s", os.path.basename(path), checkpoint.version,

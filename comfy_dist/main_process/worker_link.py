@@ -58,7 +58,7 @@ from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import ask, ask_together
-from rayltx.errors import InputError, UnsupportedError, listed
+from rayltx.errors import InputError, UnsupportedError, WorkerDied, WorkerStuck, listed
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -107,8 +107,9 @@ class WorkerLink:
         state = self._with_changes_in_place()
         self._at_start = QuickState(self.base_model.diffusion_model)
         self.move(patcher.placement)
-        self._send_patches(state)
-        self.memory.put_on_devices()
+        with self.cluster.group.polling(comfy.model_management.throw_exception_if_processing_interrupted):
+            self._send_patches(state)
+            self.memory.put_on_devices()
 
     def _with_changes_in_place(self) -> PatchState:
         """The patches of the MODEL that was last loaded, and what was changed in place. Raises UnsupportedError by name."""
@@ -156,12 +157,13 @@ class WorkerLink:
             self._sent_patches = self._sent_options = None
             self.hooks, self._proofs = SentHooks(self.remote), PatchProofs()
         self.placement = placement
-        if self._proved != (cluster, placement.config):
-            warn_if_ring_replaces(placement.comfyui_arguments, placement.config.ring_degree)
-            prove_seam(self.remote, placement, cluster.workers(), self.spec, self.base_model)
-            self._proved = (cluster, placement.config)
-        # Before weights take the devices' memory: communicators need some.
-        cluster.group.repeated(lambda: cluster.group.form(placement.config), "forming the group")
+        with cluster.group.polling(comfy.model_management.throw_exception_if_processing_interrupted):
+            if self._proved != (cluster, placement.config):
+                warn_if_ring_replaces(placement.comfyui_arguments, placement.config.ring_degree)
+                prove_seam(self.remote, placement, cluster.workers(), self.spec, self.base_model)
+                self._proved = (cluster, placement.config)
+            # Before weights take the devices' memory: communicators need some.
+            cluster.group.repeated(lambda: cluster.group.form(placement.config), "forming the group")
 
     # ---- calls
 
@@ -239,7 +241,9 @@ class WorkerLink:
                 def run(saving: MemorySaving | None) -> Difference | str:
                     step = plain if saving is None else saving.step(plain)
                     call = ask_together(ComfyHost.patch_test, PatchTestInputs(step, case))
-                    return self.remote.call_together(call, config, "trying the patches", poll=poll, repeats=0)
+                    return self.remote.call_together(
+                        call, config, "trying the patches", poll=poll, again=(WorkerDied, WorkerStuck)
+                    )
 
                 return self.memory.within(run)
 

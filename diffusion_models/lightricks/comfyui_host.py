@@ -73,6 +73,7 @@ def sharded(
             if original is not None:  # guide masks came later than the rest
                 scope.enter_context(replaced(diffusion_model, name, functools.partial(wrapper, original)))
         for number, block in enumerate(diffusion_model.transformer_blocks):
+            scope.callback(block.register_forward_pre_hook(functools.partial(_at_block, group)).remove)
             for role in AttentionRole:
                 attention = getattr(block, role.value, None)
                 name = f"transformer_blocks.{number}.{role.value}"
@@ -92,6 +93,10 @@ def sharded(
             on_all = functools.partial(forward.on_all_tokens, module.forward, name.rpartition(".")[2])
             scope.enter_context(replaced(module, "forward", on_all))
         yield
+
+
+def _at_block(group: SequenceParallelGroup, *_: object) -> None:
+    group.at_block()
 
 
 @contextlib.contextmanager

@@ -189,6 +189,7 @@ class DiffusersHost:
     def _install(self) -> None:
         processor_class = _AudioVideoProcessor if self.model.has_audio else _VideoProcessor
         for block in self._transformer.transformer_blocks:
+            block.register_forward_pre_hook(self._at_block)
             for role in AttentionRole:
                 attention = getattr(block, role.value, None)
                 if attention is not None:
@@ -219,6 +220,9 @@ class DiffusersHost:
     def _expand_rows(self, module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._rows is not None
         return tuple(self._rows.expand(rows) for rows in output)
+
+    def _at_block(self, *_: object) -> None:
+        self.sequence.group.at_block()
 
     @property
     def sequence(self) -> ShardedSequence:

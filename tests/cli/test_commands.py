@@ -90,7 +90,7 @@ def test_an_interrupt_leaves_no_process(tmp_path):
     )  # fmt: skip
     ours = psutil.Process(process.pid)
     deadline = time.monotonic() + 300.0
-    while sum("ray::Worker" in " ".join(child.cmdline()[:1]) for child in _children(ours)) < 2:
+    while sum("ray::RayWorker" in " ".join(child.cmdline()[:1]) for child in _children(ours)) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
     time.sleep(1.0)

@@ -1,12 +1,12 @@
 """What the command says to bad input: one message with value, rule and remedy, exit code 2, and nothing started."""
 
 import pytest
-import ray
 import torch
 from safetensors.torch import save_file
 
 from rayltx.cli import main as cli
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
+from rayltx.distributed_worker.cluster import Cluster
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ CASES = [
     "arguments, message", CASES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
 def test_bad_input(files, monkeypatch, capsys, arguments, message):
-    connected = ray.is_initialized()
+    running = Cluster.current()
     monkeypatch.setattr("sys.argv", ["rayltx", *(argument.format(files) for argument in arguments)])
     with pytest.raises(SystemExit) as exit:
         cli.main()
@@ -74,4 +74,4 @@ def test_bad_input(files, monkeypatch, capsys, arguments, message):
     assert exit.value.code == 2, error
     assert error.startswith("rayltx: ") and message in error, error
     assert "Traceback" not in error
-    assert ray.is_initialized() == connected
+    assert Cluster.current() is running, "Ray was started"

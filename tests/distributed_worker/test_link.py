@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 import pytest
-import ray
 
 from rayltx import devices
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
@@ -90,17 +89,6 @@ def test_too_little_shared_memory_is_told_from_a_bad_link(request_for, with_peer
     ):
         cluster.group.form(TWO)
     assert "without peer-to-peer" not in caplog.text
-
-
-def test_a_cluster_whose_ray_was_ended_by_others_stays_ended():
-    request = ClusterRequest(workers=1)
-    with Cluster.start(request) as old:
-        old.workers()
-        ray.shutdown()
-        assert not old.is_alive()
-        with Cluster.start(request) as new:
-            new.workers()
-            assert new.is_alive() and not old.is_alive()
 
 
 def test_findings_are_kept_by_the_gpus_that_they_are_about(tmp_path):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError
 
 from rayltx.devices import CPU, KINDS
-from rayltx.distributed_worker.outcomes import Failure, Outcome, results
+from rayltx.distributed_worker.outcomes import Failure, Gone, Outcome, results
 from rayltx.errors import InputError, OutOfMemory, RanksDisagree, RanksFailedAlike, WorkerDied, WorkerStuck
 
 
@@ -25,8 +24,8 @@ def test_results_are_by_rank():
 
 def test_a_worker_that_died_is_named_by_its_rank():
     """Asked alone, rank 2 of 3 is not rank 0 of 1."""
-    with pytest.raises(WorkerDied, match=r"^loading: rank 2 of 3 died \("):
-        results({2: ActorDiedError()}, (2,), 3, "loading", 9.0)
+    with pytest.raises(WorkerDied, match=r"^loading: rank 2 of 3 died \(its process ended\)$"):
+        results({2: Gone("its process ended")}, (2,), 3, "loading", 9.0)
 
 
 def test_a_silent_rank_is_named_by_its_rank():
@@ -86,4 +85,4 @@ def test_out_of_memory_is_a_failure_of_its_own_whatever_the_others_say(second):
 
 def test_a_rank_that_died_counts_more_than_memory():
     with pytest.raises(WorkerDied, match="rank 1 of 2 died"):
-        results({0: BOTH[0], 1: ActorDiedError()}, (0, 1), 2, "the step", 9.0)
+        results({0: BOTH[0], 1: Gone("its process ended")}, (0, 1), 2, "the step", 9.0)

@@ -52,8 +52,8 @@ def test_a_call_carries_the_method_and_its_arguments():
 
 
 def test_what_is_not_marked_cannot_be_asked():
-    with pytest.raises(AssertionError, match=r"Worker.run is marked neither"):
-        ask(Worker.run, "leave", {})
+    with pytest.raises(AssertionError, match=r"Worker.answer is marked neither"):
+        ask(Worker.answer, b"", ())
     with pytest.raises(AssertionError, match=r"takes the group, and is not marked"):
         ask_together(ComfyHost.unload)
 

@@ -1,0 +1,19 @@
+"""What Ray runs: a worker, told what to do by bytes. Importing this imports nothing heavy, as the courier does."""
+
+from __future__ import annotations
+
+
+class RayWorker:
+    def __init__(self, device: str, num_threads: int, shared_folder: str) -> None:
+        """shared_folder: of the process that asks, if it is on this machine, and maps what this one shares; else ""."""
+        from rayltx.distributed_worker.worker import Worker
+
+        self._worker = Worker(device, num_threads, shared_folder)
+
+    def run(self, payload: bytes, *kept: object) -> bytes:
+        """Run a call of `messages.dump_call`. Returns a pickled Outcome."""
+        return self._worker.answer(payload, kept)[0]
+
+    def run_and_keep(self, payload: bytes, *kept: object) -> tuple[bytes, object]:
+        """The same, with the call's result apart, for Ray to keep in its store."""
+        return self._worker.answer(payload, kept, keeps=True)

@@ -1,0 +1,272 @@
+"""The process that Ray calls its driver. Its argument is the descriptor of the pipe.
+
+It imports neither torch nor ComfyUI. It ends when the pipe does, and takes all that it has started along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rayltx.distributed_worker.driver.processes import end_session, remove_folder
+from rayltx.distributed_worker.driver.protocol import (
+    Answered,
+    CallWorker,
+    Ended,
+    EndWorker,
+    Keep,
+    LetGo,
+    NotAnswered,
+    Started,
+    StartRay,
+    StartWorker,
+)
+
+_LOOK_AGAIN_S = 0.02  # for calls that came while others were waited for
+_WATCH_S = 0.5
+_SHUTDOWN_S = 5.0
+_PIPE_CLOSED = "the pipe is closed"
+_RAYS_OWN = ("gcs_server", "raylet")  # without which nothing goes on
+
+
+class Courier:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._ending = threading.Lock()
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._actors: dict[int, Any] = {}
+        self._kept: dict[int, Any] = {}
+        self._new = threading.Condition()
+        self._waiting: dict[Any, int] = {}  # calls, by reference
+        self._folder = Path()
+        self._is_joined = False  # to a cluster that others have started
+
+    def run(self) -> None:
+        """Until the pipe ends, or Ray does."""
+        start: StartRay = self._connection.recv()
+        self._folder = Path(start.folder).parent
+        threading.Thread(target=self._read, name="pipe", daemon=True).start()
+        what = "Ray" if start.address == "local" else f"the Ray cluster at {start.address}"
+        with self._within(start.limit_s, what):
+            store_bytes = self._start_ray(start)
+        self._send(Started(store_bytes))
+        threading.Thread(target=self._wait, name="answers", daemon=True).start()
+        threading.Thread(target=self._watch, args=(_of_ray(),), name="watch", daemon=True).start()
+        while True:
+            self._do(self._requests.get())
+
+    # ---- Ray
+
+    @contextmanager
+    def _within(self, limit_s: float, what: str) -> Iterator[None]:
+        reason = f"{what} was not there within {limit_s:.0f} s"
+        timer = threading.Timer(limit_s, self._end, (reason,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _start_ray(self, start: StartRay) -> int:
+        import ray
+
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": start.namespace}
+        if start.address != "local":
+            self._is_joined = True
+            if start.package:
+                common["runtime_env"] = {"py_modules": [start.package]}
+            ray.init(address=start.address, **common)
+            return int(ray.cluster_resources().get("object_store_memory", 0))
+        _stay_on_loopback()
+        host, _, port = start.dashboard.rpartition(":")
+        dashboard = {"dashboard_host": host, "dashboard_port": int(port)} if host else {}
+        ray.init(
+            address="local",
+            include_dashboard=bool(dashboard),
+            **dashboard,
+            num_cpus=0,  # nothing is given out by it, and Ray starts so many interpreters ahead
+            # Ray's own count of memory to give out leaves the store's size out, and refuses to start when little is left.
+            # Nothing here is given out by it.
+            _memory=psutil.virtual_memory().total,
+            num_gpus=0,  # GPUs are given out by what each worker's environment lets it see
+            object_store_memory=start.store_bytes,
+            _temp_dir=start.folder,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+        return start.store_bytes
+
+    def _place_of(self, request: StartWorker) -> Any:
+        """Ranks in a row on one machine, the first on this one: it has the file that rank 0 reads. The others go where Ray finds
+        devices, this machine's before others'.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = ray.get_runtime_context().get_node_id()
+        nodes = sorted(
+            (node for node in ray.nodes() if node["Alive"]), key=lambda node: (node["NodeID"] != here, node["NodeID"])
+        )
+        needed = request.resources.get("num_gpus", 0)
+        rooms = [int(node["Resources"].get("GPU", 0) // needed) if needed else 0 for node in nodes]
+        if not needed:  # CPU ranks: an equal share to each machine
+            rooms = [-(-request.num_ranks // len(nodes))] * len(nodes)
+        rank = request.rank
+        for node, room in zip(nodes, rooms):
+            if rank < room:
+                return NodeAffinitySchedulingStrategy(node["NodeID"], soft=request.rank > 0)
+            rank -= room
+        return "DEFAULT"
+
+    # ---- requests
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._requests.put(self._connection.recv())
+        except (EOFError, OSError):
+            self._end(_PIPE_CLOSED)
+
+    def _do(self, request: Any) -> None:
+        import ray
+
+        if isinstance(request, CallWorker):
+            self._call(request)
+        elif isinstance(request, StartWorker):
+            from rayltx.distributed_worker.driver.actor import RayWorker
+
+            options: dict[str, Any] = {**request.resources, "max_restarts": 0}
+            options["runtime_env"] = {"env_vars": dict(request.environment)}
+            if self._is_joined:
+                options["scheduling_strategy"] = self._place_of(request)
+            actor_class = ray.remote(**options)(RayWorker)
+            self._actors[request.worker] = actor_class.remote(*request.arguments)
+        elif isinstance(request, EndWorker):
+            actor = self._actors.pop(request.worker, None)  # none: it went with an earlier Ray
+            if actor is not None:
+                ray.kill(actor)
+        elif isinstance(request, Keep):
+            import numpy as np
+
+            self._kept[request.number] = ray.put(np.frombuffer(request.data, np.uint8))
+        elif isinstance(request, LetGo):
+            for number in request.kept:
+                self._kept.pop(number, None)
+
+    def _call(self, request: CallWorker) -> None:
+        actor = self._actors.get(request.worker)
+        try:
+            if actor is None:
+                raise LookupError("the worker was ended")
+            kept = [self._kept[number] for number in request.kept]
+            if request.keep_as is None:
+                answer = actor.run.remote(request.payload, *kept)
+            else:
+                answer, self._kept[request.keep_as] = actor.run_and_keep.options(num_returns=2).remote(
+                    request.payload, *kept
+                )
+        except Exception as error:  # whatever Ray raises for what it cannot send
+            self._send(NotAnswered(request.call, f"{type(error).__name__}: {error}"))
+            return
+        with self._new:
+            self._waiting[answer] = request.call
+            self._new.notify()
+
+    # ---- answers
+
+    def _wait(self) -> None:
+        import ray
+
+        while True:
+            with self._new:
+                while not self._waiting:
+                    self._new.wait()
+                waiting = list(self._waiting)
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=_LOOK_AGAIN_S)
+            for reference in ready:
+                with self._new:
+                    call = self._waiting.pop(reference)
+                try:
+                    self._send(Answered(call, ray.get(reference)))
+                except ray.exceptions.RayError as error:
+                    self._send(NotAnswered(call, _first_line(error)))
+
+    def _send(self, message: object) -> None:
+        with self._sending, contextlib.suppress(OSError):  # the other end is gone: the reading thread ends this
+            self._connection.send(message)
+
+    # ---- the end
+
+    def _watch(self, processes: list[psutil.Process]) -> None:
+        while True:
+            for process in processes:
+                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                    self._end(f"its process {_name_of(process)} ended")
+            time.sleep(_WATCH_S)
+
+    def _end(self, reason: str) -> None:
+        """Tell why, end everything, and this process."""
+        with self._ending:
+            self._send(Ended(reason))
+            closing = threading.Thread(target=_shut_ray_down, daemon=True)
+            closing.start()
+            closing.join(_SHUTDOWN_S)
+            end_session(os.getpid())
+            if reason is _PIPE_CLOSED:
+                remove_folder(self._folder)  # nobody else may be left to do it
+            os._exit(0)
+
+
+def _stay_on_loopback() -> None:
+    """Let Ray take 127.0.0.1 for this machine's address, which makes all of its processes listen there alone.
+
+    It looks another address up in its place, for other machines to reach: there are none.
+    """
+    from ray._private import services
+
+    services.resolve_ip_for_localhost = lambda host: host
+
+
+def _of_ray() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children() if _name_of(process) in _RAYS_OWN]
+
+
+def _name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return str(process.pid)
+
+
+def _shut_ray_down() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
+
+
+def main() -> None:
+    courier = Courier(Connection(int(sys.argv[1])))
+    try:
+        courier.run()
+    except BaseException as error:
+        courier._end(f"{type(error).__name__}: {_first_line(error)}")  # noqa: SLF001
+        raise

@@ -1,0 +1,335 @@
+"""Ray as ComfyUI's process sees it: workers that are called, answers that are waited for, and an end that is survived."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import multiprocessing.connection
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayltx.about import SEARCH_PATH
+from rayltx.distributed_worker.driver import protocol
+from rayltx.distributed_worker.driver.kept import Kept
+from rayltx.distributed_worker.driver.package import copy_package
+from rayltx.distributed_worker.driver.processes import (
+    RAYS_OWN,
+    end_session,
+    make_folder,
+    note_owner,
+    remove_folder,
+    remove_leftovers,
+)
+from rayltx.distributed_worker.messages import dump_call
+
+logger = logging.getLogger(__name__)
+
+_START_LIMIT_S = 90.0
+_CLOSE_S = 15.0
+_LET_GO_S = 1.0  # after which what nobody needs any more is let go of, if nothing is sent before
+_JOIN_LIMIT_S = 30.0
+_LOG = "courier.log"
+# Without the working directory on its search path, which is ComfyUI's, and the workers' too: paths may be relative to it.
+_COURIER = "import sys; sys.path[:] = filter(None, sys.path); from rayltx.distributed_worker.driver.courier import main; main()"
+RAY_ENDED = "Ray ended: "  # how the failure of each call begins that went with it
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """What is asked of Ray. address: "local" starts one here."""
+
+    address: str
+    namespace: str
+    store_bytes: int
+    dashboard: str = ""
+
+
+@dataclass(eq=False)
+class Answer:
+    """What a call will give."""
+
+    call: int
+    payload: bytes | None = None
+    failure: str | None = None  # why there is no payload, nor will be
+    asked: object = None  # keeps what was asked, and what it shares, until it has been answered
+
+    @property
+    def is_done(self) -> bool:
+        return self.payload is not None or self.failure is not None
+
+
+@dataclass(eq=False)
+class _Run:
+    """One life of the courier."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+    connection: Any  # on the same descriptor
+    store_bytes: int
+    answers: dict[int, Answer] = field(default_factory=dict)
+    released: deque[int] = field(default_factory=deque)  # numbers to let go of; finalizers may come at any moment
+    sending: Any = field(default_factory=threading.Lock)
+    ended: str | None = None  # why
+    reader: threading.Thread = field(default_factory=threading.Thread)
+
+
+class RayDriver:
+    """The way to Ray. Its calls return at once, and may come from any thread."""
+
+    def __init__(self, settings: RaySettings) -> None:
+        self._settings = settings
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        self._run = self._start()
+
+    # ---- its life
+
+    @property
+    def why_ended(self) -> str | None:
+        """Why Ray has ended; None while it runs, or starts."""
+        return self._run.ended
+
+    @property
+    def is_running(self) -> bool:
+        return self._run.ended is None
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the workers map what this process shares: those of a cluster may be on other machines."""
+        return self._settings.address == "local"
+
+    @property
+    def session(self) -> int:
+        """The session (setsid(2)) of all processes that were started."""
+        return self._run.process.pid
+
+    @property
+    def folder(self) -> Path:
+        """Of Ray's files, and of others that go when it goes."""
+        return self._run.folder
+
+    def store_bytes(self, timeout_s: float) -> int:
+        """The object store's size. Waits for Ray to have started where it is another's."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not self._run.store_bytes and self.is_running and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+        return self._run.store_bytes
+
+    def restart(self) -> None:
+        """Start Ray again. What it kept, and its workers, are gone."""
+        self.close()
+        self._run = self._start()
+
+    def close(self) -> None:
+        """End Ray if it was started here, and the courier. Returns when they are gone. May be called twice."""
+        run = self._run
+        with self._changed:
+            run.ended = run.ended or "it was closed"
+        with contextlib.suppress(OSError):  # closing it would leave the thread that reads it, and the pipe open
+            run.socket.shutdown(socket.SHUT_RDWR)
+        run.reader.join()
+
+    def _start(self) -> _Run:
+        remove_leftovers()
+        folder = make_folder()
+        ours, theirs = socket.socketpair()
+        with theirs, open(folder / _LOG, "wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _COURIER, str(theirs.fileno())],
+                env=_environment(folder, self._settings.address == "local"), pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        note_owner(folder, process.pid)
+        connection = multiprocessing.connection.Connection(os.dup(ours.fileno()))
+        known_bytes = self._settings.store_bytes if self._settings.address == "local" else 0
+        run = _Run(folder, process, ours, connection, known_bytes)
+        settings = self._settings
+        is_local = settings.address == "local"
+        package = "" if is_local else str(copy_package(folder))
+        self._send(
+            run,
+            protocol.StartRay(
+                settings.address, settings.namespace, settings.store_bytes, settings.dashboard, str(folder / RAYS_OWN),
+                _START_LIMIT_S if is_local else _JOIN_LIMIT_S, package,
+            ),
+        )  # fmt: skip
+        run.reader = threading.Thread(target=self._read, args=(run,), name="rayltx-answers", daemon=True)
+        run.reader.start()
+        return run
+
+    def _end(self, run: _Run, reason: str) -> None:
+        with self._changed:
+            if run.ended is None:
+                run.ended = reason
+            reason = run.ended
+            unanswered, run.answers = run.answers, {}
+            for answer in unanswered.values():
+                answer.failure, answer.asked = f"{RAY_ENDED}{reason}", None
+            self._changed.notify_all()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(_CLOSE_S)
+        end_session(run.process.pid)
+        run.process.wait()
+        run.connection.close()
+        run.socket.close()
+        remove_folder(run.folder)
+
+    # ---- workers
+
+    def start_worker(
+        self,
+        rank: int,
+        num_ranks: int,
+        arguments: tuple[object, ...],
+        environment: Mapping[str, str],
+        resources: Mapping[str, float],
+    ) -> int:
+        """Start a worker's process. Returns its number, while it comes up.
+
+        rank, num_ranks: by which its machine is chosen where there are several. arguments: of `RayWorker`.
+        """
+        number = next(self._numbers)
+        self._send(self._run, protocol.StartWorker(number, rank, num_ranks, arguments, environment, resources))
+        return number
+
+    def end_worker(self, worker: int) -> None:
+        """End a worker's process, whatever it is doing."""
+        self._send(self._run, protocol.EndWorker(worker))
+
+    def call(self, worker: int, asked: object) -> Answer:
+        """Have a worker run a call after what it is doing. asked: a `Call`."""
+        return self._call(worker, asked, None)
+
+    def call_and_keep(self, worker: int, asked: object) -> tuple[Answer, Kept]:
+        """The same, with what the call gives kept in Ray's store; the answer says whether it gave it."""
+        kept = Kept(self._run, next(self._numbers))
+        return self._call(worker, asked, kept), kept
+
+    def _call(self, worker: int, asked: object, keep_as: Kept | None) -> Answer:
+        run = self._run
+        answer = Answer(next(self._numbers), asked=asked)
+        stale, payload, kept = self._dump(run, asked)
+        with self._changed:
+            reason = f"{RAY_ENDED}{run.ended}" if run.ended else "what Ray kept is gone" if stale else None
+            if reason is not None:
+                answer.failure, answer.asked = reason, None
+                return answer
+            run.answers[answer.call] = answer
+        number = None if keep_as is None else keep_as.number
+        self._send(run, protocol.CallWorker(answer.call, worker, payload, kept, number))
+        return answer
+
+    def _dump(self, run: _Run, asked: object) -> tuple[bool, bytes, tuple[int, ...]]:
+        payload, kept = dump_call(asked)
+        for each in kept:
+            if each.run is not run and each.source is not None:
+                each.move(run, self._keep(run, each.source))
+        return any(each.run is not run for each in kept), payload, tuple(each.number for each in kept)
+
+    def keep(self, data: np.ndarray) -> Kept:
+        """Put bytes into Ray's store."""
+        run = self._run
+        return Kept(run, self._keep(run, data), data)
+
+    def _keep(self, run: _Run, data: np.ndarray) -> int:
+        number = next(self._numbers)
+        self._send(run, protocol.Keep(number, data.tobytes()))
+        return number
+
+    def wait(self, answers: Collection[Answer], timeout_s: float) -> list[Answer]:
+        """Those that have come, as soon as one has; none when the time is over."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not (done := [answer for answer in answers if answer.is_done]):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+        return done
+
+    # ---- the pipe
+
+    def _send(self, run: _Run, *messages: object) -> None:
+        """Send what is to be sent, and what nobody needs to be kept for any more."""
+        released = []
+        while run.released:
+            released.append(run.released.popleft())
+        try:
+            with run.sending:
+                for message in (*([protocol.LetGo(tuple(released))] if released else []), *messages):
+                    run.connection.send(message)
+        except (OSError, ValueError):  # the reading thread says why
+            logger.debug("the courier is gone")
+
+    def _read(self, run: _Run) -> None:
+        reason = ""
+        try:
+            while True:
+                while not run.connection.poll(_LET_GO_S):
+                    self._send(run)
+                message = run.connection.recv()
+                if isinstance(message, protocol.Ended):
+                    reason = message.reason
+                    continue  # until the courier has ended, with all that it started
+                with self._changed:
+                    if isinstance(message, protocol.Started):
+                        run.store_bytes = message.store_bytes
+                    elif (answer := run.answers.pop(message.call, None)) is not None:
+                        answer.asked = None
+                        if isinstance(message, protocol.Answered):
+                            answer.payload = message.payload
+                        else:
+                            answer.failure = message.reason
+                    self._changed.notify_all()
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # nobody would wait for an answer in vain
+            logger.exception("what came from the courier cannot be read")
+            reason = f"what came from its driver cannot be read ({error})"
+        if not reason:
+            said = _last_line(run.folder / _LOG)
+            reason = "its driver's process ended" + (f", after it said: {said}" if said else "")
+        if run.ended is None:
+            logger.warning("%s%s", RAY_ENDED, reason)
+        self._end(run, reason)
+
+
+def _environment(folder: Path, is_local: bool) -> dict[str, str]:
+    """The courier's, of which Ray's processes and the workers inherit."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    search_path = [*SEARCH_PATH, os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
+    # Under `uv run` Ray would send the working directory to its workers, and start them through uv.
+    environment["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    environment["RAY_USAGE_STATS_ENABLED"] = "0"
+    environment["RAY_worker_niceness"] = "0"  # added to this process's own
+    environment["RAY_worker_maximum_startup_concurrency"] = "16"  # otherwise as many as Ray believes to have CPUs
+    if is_local:
+        token = folder / "token"
+        with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        environment["RAY_AUTH_MODE"], environment["RAY_AUTH_TOKEN_PATH"] = "token", str(token)
+        environment.pop("RAY_AUTH_TOKEN", None)
+    return environment
+
+
+def _last_line(log: Path) -> str:
+    with contextlib.suppress(OSError):
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1][:300] if lines else ""
+    return ""

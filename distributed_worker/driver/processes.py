@@ -1,0 +1,110 @@
+"""The processes and files of one run of Ray, told from all others: they are in the courier's session, and its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from rayltx.errors import DeviceError
+
+_PREFIX = "rayltx-"
+_OWNER = "owner.json"
+RAYS_OWN = "ray"  # the part of the folder that Ray opens to all users, which its place in ours closes
+# Ray adds a session's name and a socket's to its folder, and a socket's path has at most 107 bytes.
+_LONGEST_FOLDER = 38
+_LEAST_FREE_BYTES = 64 * 2**20
+_GRACE_S = 2.0
+
+
+def processes_of(session: int) -> list[psutil.Process]:
+    """The processes of a session (setsid(2)), but for this one."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if process.pid != os.getpid() and os.getsid(process.pid) == session:
+                found.append(process)
+    return found
+
+
+def end_session(session: int) -> None:
+    """End the processes of a session, but for this one, and wait for that."""
+    deadline = time.monotonic() + _GRACE_S
+    while processes := processes_of(session):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(processes, timeout=max(0.0, deadline - time.monotonic()))
+        if time.monotonic() > deadline:
+            return
+
+
+def make_folder() -> Path:
+    """A folder for one run's files, that no other user can read.
+
+    Raises DeviceError where there is no place for one.
+    """
+    told = []
+    for place in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
+        length = len(os.fsencode(place)) + 1 + len(_PREFIX) + 8
+        if length > _LONGEST_FOLDER or not place.isascii():
+            told.append(f"{place}: Ray's sockets need a path of ASCII letters, at most {_LONGEST_FOLDER} of them")
+            continue
+        try:
+            if (free := shutil.disk_usage(place).free) < _LEAST_FREE_BYTES:
+                told.append(f"{place}: {free / 2**20:.0f} MiB are free, Ray needs {_LEAST_FREE_BYTES / 2**20:.0f}")
+                continue
+            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        except OSError as error:
+            told.append(f"{place}: {error.strerror}")
+    raise DeviceError(
+        f"no place for Ray's own files: {'; '.join(told)}. Set TMPDIR to a folder that is short and has room"
+    )
+
+
+def note_owner(folder: Path, session: int) -> None:
+    """Write down whose a folder is: this process's, which started a session."""
+    own = psutil.Process()
+    (folder / _OWNER).write_text(json.dumps({"pid": own.pid, "created": own.create_time(), "session": session}))
+
+
+def remove_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers() -> None:
+    """Remove the folders of runs whose process is gone, and end what is left of them. Only this user's."""
+    for folder, owner in _folders():
+        with contextlib.suppress(psutil.Error):
+            if abs(psutil.Process(int(owner["pid"])).create_time() - owner["created"]) < 1.0:
+                continue
+        for process in processes_of(int(owner["session"])):
+            if _writes_into(process, folder):  # a session's number may have been given to others since
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        remove_folder(folder)
+
+
+def _folders() -> Iterator[tuple[Path, dict[str, float]]]:
+    for place in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
+        for folder in Path(place).glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                    continue
+                owner = json.loads((folder / _OWNER).read_text())
+                yield folder, {name: float(owner[name]) for name in ("pid", "created", "session")}
+
+
+def _writes_into(process: psutil.Process, folder: Path) -> bool:
+    """Whether its output or its arguments are of a folder. Ray's processes change their names, and not their outputs."""
+    with contextlib.suppress(OSError, psutil.Error):
+        outputs = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2)]
+        return any(str(folder) in text for text in (*outputs, *process.cmdline()))
+    return False

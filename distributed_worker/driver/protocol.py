@@ -1,0 +1,88 @@
+"""What goes through the pipe between ComfyUI's process and the courier.
+
+Results that stay in Ray's store ("kept") have numbers here, as calls and workers have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StartRay:
+    """The first message."""
+
+    address: str  # "local", or of a cluster that runs
+    namespace: str
+    store_bytes: int
+    dashboard: str  # host:port; "": none
+    folder: str  # of Ray's files; the one that it lies in goes with it
+    limit_s: float
+    package: str  # folder that other machines are sent; "": none
+
+
+@dataclass(frozen=True)
+class StartWorker:
+    worker: int
+    rank: int
+    num_ranks: int
+    arguments: tuple[object, ...]  # of `RayWorker`
+    environment: Mapping[str, str]
+    resources: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CallWorker:
+    call: int
+    worker: int
+    payload: bytes
+    kept: tuple[int, ...]  # results that the payload has numbers for
+    keep_as: int | None  # the number of what the call gives besides its answer, where it gives something
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Put bytes into Ray's store."""
+
+    number: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class EndWorker:
+    worker: int
+
+
+@dataclass(frozen=True)
+class LetGo:
+    kept: tuple[int, ...]
+
+
+# ---- answers
+
+
+@dataclass(frozen=True)
+class Started:
+    store_bytes: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    call: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class NotAnswered:
+    """The worker is gone, or what it needed is."""
+
+    call: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Ray as a whole. The last message."""
+
+    reason: str

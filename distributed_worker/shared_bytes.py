@@ -1,0 +1,117 @@
+"""Bytes that other processes of this machine map, without a copy and without a name.
+
+They lie in memory files (memfd_create(2)): no path, no limit of /dev/shm, and nothing left when the last process that has one
+is gone, however it ended. Another process of the same user opens one through /proc, by the owner's process id and descriptor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayltx.errors import ClusterError
+
+_ALIGNMENT = 64
+
+
+class Segment:
+    """A memory file of this process. It lives as long as this object here, and as any mapping elsewhere."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        """parts: (bytes,) uint8 each; copied, one after another."""
+        self.token = secrets.token_hex(8)
+        self.fd = os.memfd_create(f"rayltx-{self.token}", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd).atexit = False
+        self.offsets: list[int] = []
+        end = 0
+        for part in parts:
+            self.offsets.append(end)
+            _write(self.fd, part, end)
+            end += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
+        os.ftruncate(self.fd, max(end, 1))
+
+    def parts(self, sizes: Sequence[int]) -> list[SharedBytes]:
+        return [SharedBytes(self, offset, size) for offset, size in zip(self.offsets, sizes)]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return ForeignSegment, (os.getpid(), self.fd, self.token)
+
+    def map(self) -> mmap.mmap:
+        return _map(self.fd)
+
+
+@dataclass(frozen=True)
+class ForeignSegment:
+    """Another process's. pid, fd: that process's. token: in the file's name, which tells it from a later one of that number."""
+
+    pid: int
+    fd: int
+    token: str
+
+    def map(self) -> mmap.mmap:
+        """Its bytes, readable. Raises ClusterError where it is gone."""
+        path = f"/proc/{self.pid}/fd/{self.fd}"
+        try:
+            if self.token not in os.readlink(path):
+                raise FileNotFoundError(path)
+            fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ClusterError(
+                f"what process {self.pid} has shared is gone, or is not for this process ({error}); workers need to be of the "
+                "user and in the container of the process that started them"
+            ) from error
+        with contextlib.closing(_Descriptor(fd)):
+            return _map(fd)
+
+
+@dataclass(frozen=True)
+class SharedBytes:
+    """Some of a segment's bytes. Crosses to other processes of this machine by pickling."""
+
+    segment: Segment | ForeignSegment
+    offset: int
+    nbytes: int
+
+    def array(self, mapped: dict[int, mmap.mmap] | None = None) -> np.ndarray:
+        """(bytes,) uint8 on the shared bytes: writing to it ends the process (SIGSEGV). It keeps the mapping alive.
+
+        mapped: the segments that have been mapped, by id, for several parts of one.
+        """
+        mapped = {} if mapped is None else mapped
+        whole = mapped.get(id(self.segment))
+        if whole is None:
+            whole = mapped[id(self.segment)] = self.segment.map()
+        return np.frombuffer(whole, np.uint8, self.nbytes, self.offset)
+
+
+@dataclass(frozen=True)
+class _Descriptor:
+    fd: int
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def shared(data: np.ndarray) -> SharedBytes:
+    """A copy of some bytes, in a segment of their own."""
+    return Segment([data]).parts([data.nbytes])[0]
+
+
+def _write(fd: int, data: np.ndarray, offset: int) -> None:
+    # Writing spares the faults of a mapping whose every page is new.
+    view = np.ascontiguousarray(data).data.cast("B")
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _map(fd: int) -> mmap.mmap:
+    populate = getattr(mmap, "MAP_POPULATE", 0)
+    return mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | populate, prot=mmap.PROT_READ)

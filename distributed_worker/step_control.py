@@ -1,0 +1,101 @@
+"""A few numbers that the ranks of a step and ComfyUI's process share while it runs: how far each rank is, and when to stop.
+
+All ranks have to stop at the same block, or some would wait in an exchange for others that have left. So rank 0 decides: it
+says at each block whether it goes on, and the others look there before they enter theirs. As all of them meet in every block
+anyway, that costs a look at memory. The numbers lie in a memory file (see `shared_bytes`); where ranks are on several machines
+there is none, and a step runs to its end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import time
+import weakref
+
+import numpy as np
+
+from rayltx.errors import RanksDisagree, StepCancelled
+
+# Where each number is. Blocks count from 1 within a step.
+_WANTED, _GOES_ON, _STOPS_AT, _FIRST_RANK = 0, 1, 2, 3
+_CANCEL, _ABORT = 1, 2
+_SPINS = 200  # looks before the processor is left to others
+_SLEEP_S = 0.0002
+
+
+class StepControl:
+    """Of one call. Crosses to the workers of this machine by pickling."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._token = secrets.token_hex(8)
+        fd = os.memfd_create(f"rayltx-{self._token}", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, fd).atexit = False
+        self._owner, self._fd, self._num_ranks = os.getpid(), fd, num_ranks
+        os.ftruncate(fd, 8 * (_FIRST_RANK + num_ranks))
+        self._numbers = _mapped(fd, num_ranks)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _opened, (self._owner, self._fd, self._token, self._num_ranks)
+
+    # ---- in ComfyUI's process
+
+    def cancel(self) -> None:
+        """Let all ranks stop at the next block, with StepCancelled. Their group stays whole."""
+        self._numbers[_WANTED] = _CANCEL
+
+    def abort(self) -> None:
+        """A rank is gone: let none wait for rank 0's word any more."""
+        self._numbers[_WANTED] = _ABORT
+
+    def blocks(self) -> list[int]:
+        """How many blocks each rank has entered."""
+        return [int(number) for number in self._numbers[_FIRST_RANK:]]
+
+    # ---- in a worker
+
+    def at_block(self, rank: int) -> None:
+        """This rank is about to enter a block. Raises StepCancelled, on every rank at the same block."""
+        numbers = self._numbers
+        block = int(numbers[_FIRST_RANK + rank]) + 1
+        numbers[_FIRST_RANK + rank] = block
+        if rank == 0:
+            if numbers[_WANTED] == _CANCEL and not numbers[_STOPS_AT]:
+                numbers[_STOPS_AT] = block
+            numbers[_GOES_ON] = block  # after the line above, for who reads this first
+        else:
+            self._wait_for_rank_0(block)
+        if 0 < numbers[_STOPS_AT] <= block:
+            raise StepCancelled(f"cancelled before block {block}")
+
+    def _wait_for_rank_0(self, block: int) -> None:
+        looks = 0
+        while self._numbers[_GOES_ON] < block:
+            if self._numbers[_WANTED] == _ABORT:
+                raise RanksDisagree(f"another rank failed before block {block}")
+            looks += 1
+            if looks > _SPINS:
+                time.sleep(_SLEEP_S)
+
+
+class _Opened(StepControl):
+    """Another process's."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        self._numbers = numbers
+
+
+def _opened(owner: int, fd: int, token: str, num_ranks: int) -> StepControl:
+    path = f"/proc/{owner}/fd/{fd}"
+    if token not in os.readlink(path):
+        raise FileNotFoundError(path)
+    own = os.open(path, os.O_RDWR)
+    try:
+        return _Opened(_mapped(own, num_ranks))
+    finally:
+        os.close(own)
+
+
+def _mapped(fd: int, num_ranks: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(fd, 8 * (_FIRST_RANK + num_ranks)), np.int64)
