@@ -374,4 +374,10 @@ class RankGroup:
         if not self._request.on_cpu:
             return list(self.all_ranks)  # a communicator in an unknown state can hang its process at any time
         pings = {rank: self._start(rank, ask(Worker.leave)) for rank in self.all_ranks}
-        return [rank for rank, ping in pings.items() if is_gone(self._driver, ping, _PING_TIMEOUT_S)]
+        # One that is starting still answers when it has started, which is waited for with its own limit.
+        starting = {rank for rank, answer in self._preparing.items() if not answer.is_done}
+        return [
+            rank
+            for rank, ping in pings.items()
+            if rank not in starting and is_gone(self._driver, ping, _PING_TIMEOUT_S)
+        ]
