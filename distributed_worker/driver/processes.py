@@ -103,8 +103,11 @@ def _folders() -> Iterator[tuple[Path, dict[str, float]]]:
 
 
 def _writes_into(process: psutil.Process, folder: Path) -> bool:
-    """Whether its output or its arguments are of a folder. Ray's processes change their names, and not their outputs."""
+    """Whether a file that it has open, or its arguments, are of a folder. Ray's processes overwrite their arguments."""
+    told = []
     with contextlib.suppress(OSError, psutil.Error):
-        outputs = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2)]
-        return any(str(folder) in text for text in (*outputs, *process.cmdline()))
-    return False
+        told += process.cmdline()
+        for descriptor in os.listdir(f"/proc/{process.pid}/fd"):
+            with contextlib.suppress(OSError):
+                told.append(os.readlink(f"/proc/{process.pid}/fd/{descriptor}"))
+    return any(str(folder) in text for text in told)

@@ -79,6 +79,7 @@ def test_the_end_of_ray_costs_the_step_and_nothing_else(model, caplog, which):
         assert not folder.exists() or cluster.driver.folder == folder
 
 
+@pytest.mark.slow
 def test_an_end_between_runs_is_noticed_by_the_next(model, caplog):
     checkpoint, made, inputs = model
     with Cluster.start(ClusterRequest(workers=2)) as cluster:

@@ -93,6 +93,7 @@ def test_workers_of_two_nodes_share_a_model(model, tmp_path, monkeypatch, with_t
         assert Path(checkpoint.path).exists()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr("rayltx.distributed_worker.driver.link._JOIN_LIMIT_S", 5.0)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
