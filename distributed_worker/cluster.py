@@ -39,9 +39,12 @@ class Cluster:
         self._gpus = request.gpus()
         self.driver = RayDriver(ray_settings(request))
         self.store = StoreBudget(lambda: self.driver.store_bytes(START_TIMEOUT_S))
-        self.group = RankGroup(
-            request, self.driver, functools.partial(start_worker, self.driver, request, self._gpus), self._reload
-        )
+        start = functools.partial(start_worker, self.driver, request, self._gpus)
+        try:
+            self.group = RankGroup(request, self.driver, start, self._reload)
+        except BaseException:
+            self.driver.close()
+            raise
         self.sending = Sending(self.driver)
         self._models: dict[str, RemoteModel] = {}
         self._numbers = itertools.count()
@@ -84,6 +87,10 @@ class Cluster:
 
     def is_alive(self) -> bool:
         return self.group.is_alive
+
+    def has_workers(self) -> bool:
+        """Whether there are workers now: after Ray has ended there are none, until something is asked of them."""
+        return self.is_alive() and self.driver.is_running
 
     def workers(self) -> list[WorkerInfo]:
         """Who the workers are, by rank. Waits for them to have started."""

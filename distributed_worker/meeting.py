@@ -1,8 +1,8 @@
 """Where ranks meet to form a group: a file that only this user can read, or a port where there are several machines.
 
 torch's own server for that (TCPStore) listens on all interfaces and asks for no password: it is used where there are several
-machines, and nowhere else. The keys of a group there begin with a word that its ranks are told through Ray. A stray visitor does
-not meet them, but torch tells who asks for it which keys there are.
+machines, or where an address is asked for. The keys of a group there begin with a word that its ranks are told through Ray. A
+stray visitor does not meet them, but torch tells who asks for it which keys there are.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from rayltx.distributed_worker.shared_pages import protected_views
 
 # Smaller tensors travel inside of the message: an object of its own costs about a millisecond.
 INLINE_BYTES = 64 * 2**10
+_MOST_ENTRIES = 64  # of what was sent: each holds two descriptors, of which a process often has a thousand
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def pack(obj: object, store: Store | None = None, refer: Refer | None = None, as_views: bool = False) -> Message:
-    """Take an object apart. With a store, large tensors go into the object store; without, they travel inside.
+    """Take an object apart. With a store, large tensors go there; without, they travel inside.
 
     refer: names what the receiver knows already, and is not sent. as_views: see `Message`.
     Raises what pickling raises for what cannot cross a process border.
@@ -211,7 +212,9 @@ class SentTensors:
             kept = self._keep(data.copy())
             assert kept.source is not None
             self._entries.append((kept.source, kept))
-        while len(self._entries) > 1 and sum(known.nbytes for known, _ in self._entries) > self._max_bytes:
+        while len(self._entries) > 1 and (
+            len(self._entries) > _MOST_ENTRIES or sum(known.nbytes for known, _ in self._entries) > self._max_bytes
+        ):
             self._entries.pop(0)
         return self._entries[-1][1]
 

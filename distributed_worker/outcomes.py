@@ -21,7 +21,16 @@ from rayltx.distributed_worker.driver.link import RAY_ENDED, Answer, RayDriver
 from rayltx.distributed_worker.messages import pack
 from rayltx.distributed_worker.progress import Progress
 from rayltx.distributed_worker.step_control import StepControl
-from rayltx.errors import ClusterError, OutOfMemory, RanksDisagree, RanksFailedAlike, UserError, WorkerDied, WorkerStuck
+from rayltx.errors import (
+    ClusterError,
+    OutOfMemory,
+    RanksDisagree,
+    RanksFailedAlike,
+    StepCancelled,
+    UserError,
+    WorkerDied,
+    WorkerStuck,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +145,10 @@ def _outcome(answer: Answer, rank: int) -> Outcome | Gone:
 
 
 def _has_failed(outcome: Outcome | Gone) -> bool:
-    return isinstance(outcome, Gone) or outcome.failure is not None
+    """A cancel is none: all ranks stop, each when it comes to the block."""
+    if isinstance(outcome, Gone):
+        return True
+    return outcome.failure is not None and not isinstance(outcome.failure.error, StepCancelled)
 
 
 def results(

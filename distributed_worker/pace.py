@@ -21,7 +21,7 @@ class Pace:
         self._events: deque[Any] = deque()
 
     def keep(self) -> None:
-        """A block is about to be asked for: wait for the one that is two before it. Does nothing on a CPU."""
+        """A block is about to be asked for: wait for the device to have come to the one that is two before. Nothing on a CPU."""
         if not self._device.copies_by_itself():
             return
         event = self._device.new_event()

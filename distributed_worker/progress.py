@@ -11,14 +11,17 @@ from rayltx.distributed_worker.step_control import StepControl
 
 _TIMES = 10.0  # a block's usual time
 _AT_LEAST_S = 20.0
-_BEFORE_THE_FIRST_S = 120.0  # where others have begun: weights may be on their way to a device, and come slower to one
+# Where a block's usual time is not known yet, or a rank has not entered the first while others have: weights may be on their way
+# to a device, kernels may be compiled.
+_UNKNOWN_S = 300.0
+_KNOWN_FROM = 3  # of a rank's blocks
 
 
 class Progress:
-    """Of one step."""
+    """Of one step. What a block usually takes comes from the step's own blocks, and before there are some from the control."""
 
     def __init__(self, control: StepControl) -> None:
-        self._control = control
+        self._control, self._expected_s = control, control.usual_s
         self._seen = control.blocks()
         self._since = [time.monotonic()] * len(self._seen)
         self._times: list[float] = []  # between a rank's blocks
@@ -45,8 +48,12 @@ class Progress:
             return {}
         # The others wait for those that are behind.
         behind = min(blocks[rank] for rank in waiting)
-        usual = float(np.median(self._times)) if self._times else 0.0
-        limit_s = max(_AT_LEAST_S if behind else _BEFORE_THE_FIRST_S, _TIMES * usual)
+        if self._times:
+            self._control.usual_s = float(np.median(self._times))
+        usual_s = self._control.usual_s
+        if len(self._times) < _KNOWN_FROM * len(blocks):
+            usual_s = max(usual_s, self._expected_s) if self._expected_s else 0.0
+        limit_s = max(_AT_LEAST_S, _TIMES * usual_s) if behind and usual_s else _UNKNOWN_S
         if now - self.last < limit_s:
             return {}  # they meet in every block: where one goes on, all do
         return {rank: seconds for rank, seconds in waiting.items() if blocks[rank] == behind}

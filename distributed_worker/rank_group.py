@@ -29,7 +29,9 @@ from rayltx.errors import (
     OutOfMemory,
     RanksDisagree,
     RanksFailedAlike,
+    RayLTXError,
     StepCancelled,
+    UserError,
     WorkerStuck,
     listed,
 )
@@ -85,6 +87,7 @@ class RankGroup:
         self._abandoned: _CallsUnderWay | None = None
         self._ended = False
         self._poll: Callable[[], None] | None = None
+        self._start_failed = False
         self._numbers = itertools.count()  # of groups
         self.link_report: LinkReport | None = None  # of the group that last formed, as rank 0 found it
 
@@ -233,7 +236,12 @@ class RankGroup:
             starting = _CallsUnderWay(
                 self._preparing, "starting the workers", START_TIMEOUT_S, self._request.workers, is_collective=False
             )
-            infos = self._collect(starting)
+            try:
+                infos = self._collect(starting)
+            except (ClusterError, UserError):
+                # What they have answered stays what it is: others have to start in their places.
+                self._broken = self._start_failed = True
+                raise
             self._infos = [infos[rank] for rank in self.all_ranks]
         return self._infos
 
@@ -332,12 +340,13 @@ class RankGroup:
             raise ClusterError("the workers were ended")
         if self._abandoned is not None:
             calls, self._abandoned = self._abandoned, None
-            calls = dataclasses.replace(calls, what="an interrupted step", timeout_s=self._request.step_timeout_s)
+            limit_s = self._request.step_timeout_s if calls.is_watched else calls.timeout_s
+            calls = dataclasses.replace(calls, what=f"{calls.what}, interrupted", timeout_s=limit_s)
             try:
                 self._collect(calls)
             except StepCancelled:
                 pass
-            except Exception as error:  # nobody waits for that step any more; a broken group is noted
+            except RayLTXError as error:  # nobody waits for that any more; a broken group is noted
                 logger.warning("%s", error)
 
     def _mend(self) -> None:
@@ -364,6 +373,7 @@ class RankGroup:
             self._actors[rank] = self._start_worker(rank, self._without_peer_to_peer)
             self._preparing[rank] = self._prepare(rank)
         self._infos = None
+        self._start_failed = self._start_failed and set(ranks) != set(self.all_ranks)
         self._lacking.update(ranks)
         self._started()
         self._reload(sorted(self._lacking))
@@ -371,7 +381,7 @@ class RankGroup:
 
     def _gone(self) -> list[int]:
         """The ranks to replace. The others have left the group."""
-        if not self._request.on_cpu:
+        if not self._request.on_cpu or self._start_failed:
             return list(self.all_ranks)  # a communicator in an unknown state can hang its process at any time
         pings = {rank: self._start(rank, ask(Worker.leave)) for rank in self.all_ranks}
         # One that is starting still answers when it has started, which is waited for with its own limit.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from rayltx.distributed_worker.host import Host
-from rayltx.distributed_worker.messages import Store, pack, unpack
+from rayltx.distributed_worker.messages import Message, Store, pack, unpack
 from rayltx.distributed_worker.rank_group import START_TIMEOUT_S, RankGroup
 from rayltx.distributed_worker.request import ModelSource
 from rayltx.distributed_worker.sending import Sending
@@ -46,12 +46,14 @@ class RemoteModel:
         self._setups: dict[str, Call[Worker, object]] = {}  # by key, in the order in which they were made
         self._forgotten = False
         self._lost: str | None = None  # why the workers do not have it any more
+        self._usual_kind: object = None  # of the last step,
+        self._usual_s = 0.0  # and what a block of it took
 
     # ---- loading
 
     def load_on(self, ranks: Sequence[int], progress: Progress | None = None) -> None:
         """Build the model on some workers, give them its weights, and repeat its setups there."""
-        if not ranks:
+        if not ranks or self._forgotten:
             return
         source, what = self.source, f"loading {os.path.basename(self.source.checkpoint.path)}"
         self._group.run_on(ranks, ask(Worker.build, self.model_id, source.host, source.spec), what)
@@ -128,7 +130,13 @@ class RemoteModel:
             worker_call = self._on_worker(call, self._sending.of_steps, control=control)
             calls = dict.fromkeys(range(config.world_size), worker_call)
             is_step = call.method == Host.forward.__name__
-            return unpack(group.run(calls, what, limit_s, poll, control, is_watched=is_step)[0])
+            if control is None or not is_step:
+                return unpack(group.run(calls, what, limit_s, poll, control)[0])
+            kind = config, _shapes_of(worker_call)
+            control.usual_s = self._usual_s if kind == self._usual_kind else 0.0
+            answers = group.run(calls, what, limit_s, poll, control, is_watched=True)
+            self._usual_kind, self._usual_s = kind, control.usual_s
+            return unpack(answers[0])
 
         if poll is None:
             return group.repeated(work, what, repeats, again)
@@ -152,8 +160,8 @@ class RemoteModel:
     def set_up(self, key: str, call: Call[_HostClass, None], what: str, as_views: bool = False) -> None:
         """Have every worker run a host's call, and again each one that takes another's place later.
 
-        key: a later setup with the same key takes this one's place. as_views: see `Message`; large tensors are in the
-        object store once for all workers either way.
+        key: a later setup with the same key takes this one's place. as_views: see `Message`; large tensors are in memory
+        once for all workers of a machine either way.
         """
         worker_call = self._on_worker(call, self._sending.of_setups, as_views)
         self._run(worker_call, what, self._group.all_ranks)
@@ -179,6 +187,11 @@ class RemoteModel:
 
         return self._group.repeated(work, what)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it could not be given to workers that took others' places."""
+        return self._lost is not None
+
     def _check_not_lost(self) -> None:
         if self._lost is not None:
             raise CheckpointError(f"{self._lost}; load the model again")
@@ -195,3 +208,8 @@ class RemoteModel:
         if call.kind is CallKind.COLLECTIVE:
             return ask(Worker.call_host_together, self.model_id, call.method, arguments, control)
         return ask(Worker.call_host, self.model_id, call.method, arguments)
+
+
+def _shapes_of(call: Call[Worker, Any]) -> list[object]:
+    """By which steps that take alike long are known: the dtypes and shapes of the tensors that they are sent."""
+    return [(wire.dtype, wire.shape) for arg in call.args if isinstance(arg, Message) for wire in arg.tensors]

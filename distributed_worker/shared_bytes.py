@@ -6,7 +6,6 @@ is gone, however it ended. Another process of the same user opens one through /p
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import secrets
@@ -57,18 +56,11 @@ class ForeignSegment:
 
     def map(self) -> mmap.mmap:
         """Its bytes, readable. Raises ClusterError where it is gone."""
-        path = f"/proc/{self.pid}/fd/{self.fd}"
+        fd = open_foreign(self.pid, self.fd, self.token, os.O_RDONLY)
         try:
-            if self.token not in os.readlink(path):
-                raise FileNotFoundError(path)
-            fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ClusterError(
-                f"what process {self.pid} has shared is gone, or is not for this process ({error}); workers need to be of the "
-                "user and in the container of the process that started them"
-            ) from error
-        with contextlib.closing(_Descriptor(fd)):
             return _map(fd)
+        finally:
+            os.close(fd)
 
 
 @dataclass(frozen=True)
@@ -91,12 +83,20 @@ class SharedBytes:
         return np.frombuffer(whole, np.uint8, self.nbytes, self.offset)
 
 
-@dataclass(frozen=True)
-class _Descriptor:
-    fd: int
-
-    def close(self) -> None:
-        os.close(self.fd)
+def open_foreign(pid: int, fd: int, token: str, flags: int) -> int:
+    """A descriptor of another process's memory file. Raises ClusterError where it is gone, or not for this process."""
+    path = f"/proc/{pid}/fd/{fd}"
+    try:
+        own = os.open(path, flags)
+        if token not in os.readlink(f"/proc/self/fd/{own}"):
+            os.close(own)
+            raise FileNotFoundError(path)
+    except OSError as error:
+        raise ClusterError(
+            f"what process {pid} has shared is gone, or is not for this process ({error}); workers need to be of the user and in "
+            "the container of the process that started them"
+        ) from error
+    return own
 
 
 def shared(data: np.ndarray) -> SharedBytes:

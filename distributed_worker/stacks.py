@@ -1,4 +1,4 @@
-"""What a worker's threads are doing, for the log: written by the worker when it is sent a signal, even while it is stuck."""
+"""What a worker is doing, for the log: written by the worker when it is sent a signal, even while it is stuck."""
 
 from __future__ import annotations
 

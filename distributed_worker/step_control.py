@@ -16,10 +16,12 @@ import weakref
 
 import numpy as np
 
+from rayltx.distributed_worker.shared_bytes import open_foreign
 from rayltx.errors import RanksDisagree, StepCancelled
 
-# Where each number is. Blocks count from 1 within a step.
-_WANTED, _GOES_ON, _STOPS_AT, _FIRST_RANK = 0, 1, 2, 3
+# Where each number is. Blocks count from 1 within a step. What rank 0 says is one number, which no other rank sees by halves: up
+# to which block all go on, or below zero, before which they stop.
+_WANTED, _SAID, _FIRST_RANK = 0, 1, 2
 _CANCEL, _ABORT = 1, 2
 _SPINS = 200  # looks before the processor is left to others
 _SLEEP_S = 0.0002
@@ -35,6 +37,7 @@ class StepControl:
         self._owner, self._fd, self._num_ranks = os.getpid(), fd, num_ranks
         os.ftruncate(fd, 8 * (_FIRST_RANK + num_ranks))
         self._numbers = _mapped(fd, num_ranks)
+        self.usual_s = 0.0  # that a block takes, as far as is known; for who watches the step
 
     def __reduce__(self) -> tuple[object, ...]:
         return _opened, (self._owner, self._fd, self._token, self._num_ranks)
@@ -43,10 +46,11 @@ class StepControl:
 
     def cancel(self) -> None:
         """Let all ranks stop at the next block, with StepCancelled. Their group stays whole."""
-        self._numbers[_WANTED] = _CANCEL
+        if not self._numbers[_WANTED]:
+            self._numbers[_WANTED] = _CANCEL
 
     def abort(self) -> None:
-        """A rank is gone: let none wait for rank 0's word any more."""
+        """A rank has failed or is gone: let none wait for rank 0's word any more. Also for a worker."""
         self._numbers[_WANTED] = _ABORT
 
     def blocks(self) -> list[int]:
@@ -60,37 +64,32 @@ class StepControl:
         numbers = self._numbers
         block = int(numbers[_FIRST_RANK + rank]) + 1
         numbers[_FIRST_RANK + rank] = block
-        if rank == 0:
-            if numbers[_WANTED] == _CANCEL and not numbers[_STOPS_AT]:
-                numbers[_STOPS_AT] = block
-            numbers[_GOES_ON] = block  # after the line above, for who reads this first
-        else:
-            self._wait_for_rank_0(block)
-        if 0 < numbers[_STOPS_AT] <= block:
-            raise StepCancelled(f"cancelled before block {block}")
+        if rank == 0 and self._numbers[_SAID] >= 0:
+            numbers[_SAID] = -block if numbers[_WANTED] == _CANCEL else block
+        said = self._said_of(block)
+        if said < 0:
+            raise StepCancelled(f"cancelled before block {-said}")
 
-    def _wait_for_rank_0(self, block: int) -> None:
+    def _said_of(self, block: int) -> int:
         looks = 0
-        while self._numbers[_GOES_ON] < block:
+        while abs(said := int(self._numbers[_SAID])) < block and said >= 0:
             if self._numbers[_WANTED] == _ABORT:
                 raise RanksDisagree(f"another rank failed before block {block}")
             looks += 1
             if looks > _SPINS:
                 time.sleep(_SLEEP_S)
+        return said
 
 
 class _Opened(StepControl):
     """Another process's."""
 
     def __init__(self, numbers: np.ndarray) -> None:
-        self._numbers = numbers
+        self._numbers, self.usual_s = numbers, 0.0
 
 
 def _opened(owner: int, fd: int, token: str, num_ranks: int) -> StepControl:
-    path = f"/proc/{owner}/fd/{fd}"
-    if token not in os.readlink(path):
-        raise FileNotFoundError(path)
-    own = os.open(path, os.O_RDWR)
+    own = open_foreign(owner, fd, token, os.O_RDWR)
     try:
         return _Opened(_mapped(own, num_ranks))
     finally:

@@ -45,7 +45,7 @@ class SharedWeights:
     def give_to(self, ranks: Sequence[int], what: str, progress: Progress | None = None) -> None:
         """Let workers that have built the model take its weights. what: the work, for messages."""
         if any(not portion.is_there for portion in self._portions):
-            self._portions = []  # they went with the Ray that kept them
+            self.let_go()  # they went with the Ray that kept them
         if not self._portions and not self._from_file:
             self._from_file = self._group.request.map_files or not self._fits()
         if self._from_file:

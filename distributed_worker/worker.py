@@ -275,6 +275,8 @@ class Worker:
             raise
         except Exception:
             # The others may be waiting for this rank.
+            if control is not None:
+                control.abort()
             if watch is not None:
                 watch.tell()
             self.leave(after_failure=True)

@@ -94,7 +94,10 @@ _STORE: Definition = (
 _DASHBOARD: Definition = ("STRING", {"default": "None", "tooltip": "host:port for Ray's dashboard, or None."})
 _DIST: Definition = (
     "STRING",
-    {"default": "auto", "tooltip": "host:port at which the workers meet. auto: a free port, so that nothing collides."},
+    {
+        "default": "auto",
+        "tooltip": "host:port at which the workers meet. auto: a place of their own, so that nothing collides.",
+    },
 )
 _DEVICE: Definition = (
     ["auto", "cuda", "cpu"],

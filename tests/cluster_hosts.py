@@ -40,6 +40,14 @@ class FailingHost(DiffusersHost):
                 return super().forward(group, inputs)
             finally:
                 handle.remove()
+        if kind == "slow blocks":
+            blocks = self._transformer.transformer_blocks
+            handles = [block.register_forward_pre_hook(lambda *_: time.sleep(rank)) for block in blocks]
+            try:
+                return super().forward(group, inputs)
+            finally:
+                for handle in handles:
+                    handle.remove()
         if kind in ("stop in a block", "loop in a block") and group.rank == rank and not Path(path).exists():
             hang = functools.partial(_hang, path, kind)
             handle = self._transformer.transformer_blocks[1].register_forward_pre_hook(hang)
@@ -47,7 +55,12 @@ class FailingHost(DiffusersHost):
                 return super().forward(group, inputs)
             finally:
                 handle.remove()
-        if kind is not None and " in a block" not in kind and group.rank == rank and not Path(path).exists():
+        if (
+            kind is not None
+            and not kind.endswith(("in a block", "blocks"))
+            and group.rank == rank
+            and not Path(path).exists()
+        ):
             Path(path).touch()
             if kind == "raise":
                 raise RuntimeError("only this rank is out of memory")

@@ -154,13 +154,13 @@ class DeviceMemory:
         """Free the devices; the host's copy stays."""
         if self.loaded:
             self.loaded = False
-            if self._model.cluster.is_alive():
+            if self._model.cluster.has_workers():
                 self._model.remote.call(ask(ComfyHost.unload), "unloading")
 
     def unload_bytes(self, device: torch.device, num_bytes: int) -> int:
         """Free at least so many bytes of a device of this process, if a worker has them. Returns how many were freed."""
         rank, before = self._rank_on(device), self.placed_bytes(device)
-        if rank is None or not before or not self._model.cluster.is_alive():
+        if rank is None or not before or not self._model.cluster.has_workers():
             return 0
         self._placed.update(self._model.remote.call(ask(ComfyHost.unload_bytes, num_bytes), "unloading", [rank]))
         return before - self.placed_bytes(device)
@@ -168,7 +168,7 @@ class DeviceMemory:
     def empty(self, device: torch.device) -> None:
         """Free a device of this process, if a worker has weights there. They return with the next run."""
         rank = self._rank_on(device)
-        if rank is not None and self.placed_bytes(device) and self._model.cluster.is_alive():
+        if rank is not None and self.placed_bytes(device) and self._model.cluster.has_workers():
             self._model.remote.call(ask(ComfyHost.unload), "unloading", [rank])
             self._placed[rank] = 0
 

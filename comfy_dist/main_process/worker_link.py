@@ -150,8 +150,8 @@ class WorkerLink:
         Workers that were ended or exchanged in the meantime get the model again: ComfyUI keeps MODELs for longer.
         """
         cluster = Cluster.start(placement.request)
-        if cluster is not self.cluster:
-            logger.warning("the Ray workers of this MODEL are others now: loading it again")
+        if cluster is not self.cluster or self.remote.is_lost:
+            logger.warning("the Ray workers do not have this MODEL any more: loading it again")
             self.remote.release_unless_busy()
             self.cluster, self.remote = cluster, cluster.load_source(self.remote.source)
             self._sent_patches = self._sent_options = None

@@ -6,13 +6,14 @@ It imports neither torch nor ComfyUI. It ends when the pipe does, and takes all 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,10 +64,22 @@ class Courier:
         with self._within(start.limit_s, what):
             store_bytes = self._start_ray(start)
         self._send(Started(store_bytes))
-        threading.Thread(target=self._wait, name="answers", daemon=True).start()
-        threading.Thread(target=self._watch, args=(_of_ray(),), name="watch", daemon=True).start()
+        self._start_thread("answers", self._wait)
+        self._start_thread("watch", functools.partial(self._watch, _of_ray(), os.getppid()))
         while True:
             self._do(self._requests.get())
+
+    def _start_thread(self, name: str, work: Callable[[], None]) -> None:
+        """Without which nothing goes on: if it fails, everything ends."""
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._end(f"{type(error).__name__}: {_first_line(error)}")
+                raise
+
+        threading.Thread(target=run, name=name, daemon=True).start()
 
     # ---- Ray
 
@@ -162,7 +175,8 @@ class Courier:
         elif isinstance(request, Keep):
             import numpy as np
 
-            self._kept[request.number] = ray.put(np.frombuffer(request.data, np.uint8))
+            with contextlib.suppress(ray.exceptions.RayError):  # the call that needs it is not answered, and says so
+                self._kept[request.number] = ray.put(np.frombuffer(request.data, np.uint8))
         elif isinstance(request, LetGo):
             for number in request.kept:
                 self._kept.pop(number, None)
@@ -211,11 +225,13 @@ class Courier:
 
     # ---- the end
 
-    def _watch(self, processes: list[psutil.Process]) -> None:
+    def _watch(self, processes: dict[str, psutil.Process], owner: int) -> None:
         while True:
-            for process in processes:
-                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    self._end(f"its process {_name_of(process)} ended")
+            for name, process in processes.items():
+                if _has_ended(process):
+                    self._end(f"its process {name} ended")
+            if os.getppid() != owner:  # of which a forked child can hold the pipe still
+                self._end(_PIPE_CLOSED)
             time.sleep(_WATCH_S)
 
     def _end(self, reason: str) -> None:
@@ -241,15 +257,16 @@ def _stay_on_loopback() -> None:
     services.resolve_ip_for_localhost = lambda host: host
 
 
-def _of_ray() -> list[psutil.Process]:
-    return [process for process in psutil.Process().children() if _name_of(process) in _RAYS_OWN]
+def _of_ray() -> dict[str, psutil.Process]:
+    """Ray's own processes, by name; none of a Ray that others have started."""
+    return {process.name(): process for process in psutil.Process().children() if process.name() in _RAYS_OWN}
 
 
-def _name_of(process: psutil.Process) -> str:
+def _has_ended(process: psutil.Process) -> bool:
     try:
-        return process.name()
-    except psutil.Error:
-        return str(process.pid)
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _shut_ray_down() -> None:

@@ -147,6 +147,7 @@ class RayDriver:
     def _start(self) -> _Run:
         remove_leftovers()
         folder = make_folder()
+        note_owner(folder)
         ours, theirs = socket.socketpair()
         with theirs, open(folder / _LOG, "wb") as log:
             process = subprocess.Popen(
@@ -185,7 +186,8 @@ class RayDriver:
             run.process.wait(_CLOSE_S)
         end_session(run.process.pid)
         run.process.wait()
-        run.connection.close()
+        with run.sending:  # another thread may be about to send
+            run.connection.close()
         run.socket.close()
         remove_folder(run.folder)
 

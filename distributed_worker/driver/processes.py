@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -69,10 +70,24 @@ def make_folder() -> Path:
     )
 
 
-def note_owner(folder: Path, session: int) -> None:
-    """Write down whose a folder is: this process's, which started a session."""
-    own = psutil.Process()
-    (folder / _OWNER).write_text(json.dumps({"pid": own.pid, "created": own.create_time(), "session": session}))
+def note_owner(folder: Path, session: int = 0) -> None:
+    """Write down whose a folder is: this process's, which has started a session, or is about to."""
+    record = {"pid": os.getpid(), "started": _started(os.getpid()), "session": session, **_where()}
+    (folder / _OWNER).write_text(json.dumps(record))
+
+
+def _started(pid: int) -> str:
+    """When a process started, in ticks since the machine did: the clock can be set. "" for one that is not there."""
+    with contextlib.suppress(OSError, IndexError):
+        # After the name, which is in parentheses and can be anything: see proc_pid_stat(5).
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _where() -> dict[str, str]:
+    """In which life of this machine, and by which count of processes: that of a container is its own."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return {"boot": boot, "namespace": os.readlink("/proc/self/ns/pid")}
 
 
 def remove_folder(folder: Path) -> None:
@@ -81,9 +96,10 @@ def remove_folder(folder: Path) -> None:
 
 def remove_leftovers() -> None:
     """Remove the folders of runs whose process is gone, and end what is left of them. Only this user's."""
+    here = _where()
     for folder, owner in _folders():
-        with contextlib.suppress(psutil.Error):
-            if abs(psutil.Process(int(owner["pid"])).create_time() - owner["created"]) < 1.0:
+        if owner["boot"] == here["boot"]:
+            if owner["namespace"] != here["namespace"] or _started(int(owner["pid"])) == owner["started"]:
                 continue
         for process in processes_of(int(owner["session"])):
             if _writes_into(process, folder):  # a session's number may have been given to others since
@@ -92,14 +108,14 @@ def remove_leftovers() -> None:
         remove_folder(folder)
 
 
-def _folders() -> Iterator[tuple[Path, dict[str, float]]]:
+def _folders() -> Iterator[tuple[Path, dict[str, Any]]]:
     for place in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
         for folder in Path(place).glob(f"{_PREFIX}*"):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                     continue
                 owner = json.loads((folder / _OWNER).read_text())
-                yield folder, {name: float(owner[name]) for name in ("pid", "created", "session")}
+                yield folder, {name: owner[name] for name in ("pid", "started", "session", "boot", "namespace")}
 
 
 def _writes_into(process: psutil.Process, folder: Path) -> bool:

@@ -204,6 +204,7 @@ def test_a_rank_without_progress_is_found_by_its_block(cluster, loaded, tmp_path
     remote, inputs, reference = loaded
     monkeypatch.setattr("rayltx.distributed_worker.progress._AT_LEAST_S", 2.0)
     config = ParallelConfig(3, 1)
+    remote.forward({**inputs, "fail": ("slow blocks", 0.3, None)}, config)  # by which it is known what a block takes
     fail = {**inputs, "fail": (f"{how} in a block", 1, str(tmp_path / "stuck"))}
     with caplog.at_level(logging.WARNING, "rayltx"):
         assert worst_error(remote.forward(fail, config), reference) < 2e-6

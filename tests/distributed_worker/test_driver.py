@@ -231,10 +231,19 @@ def test_leftovers_of_others_are_left_alone(tmp_path, monkeypatch):
         folder.mkdir()
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     processes.note_owner(running, bystander.pid)
-    record = {"pid": 2**22 + 1, "created": 0.0, "session": bystander.pid}  # a number that was given to others since
+    record = {
+        **json.loads((running / "owner.json").read_text()),
+        "pid": 2**22 + 1,
+    }  # of a session that is others' since
     (ended / "owner.json").write_text(json.dumps(record))
+    container = tmp_path / "rayltx-d"
+    container.mkdir()
+    (container / "owner.json").write_text(json.dumps({**record, "namespace": "pid:[1]"}))
+    earlier = tmp_path / "rayltx-e"
+    earlier.mkdir()
+    (earlier / "owner.json").write_text(json.dumps({**record, "pid": os.getpid(), "boot": "another"}))
     processes.remove_leftovers()
-    assert running.exists() and nobodys.exists() and not ended.exists()
+    assert running.exists() and nobodys.exists() and container.exists() and not ended.exists() and not earlier.exists()
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
