@@ -7,6 +7,7 @@ import sys
 # A test run that is ended by a signal runs no fixture's end. Linux then tells its child, PR_SET_PDEATHSIG being 1.
 _BOUND = """
 import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a run in the background of a shell ignores it, and so would this
 ctypes.CDLL(None).prctl(1, signal.SIGINT)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
