@@ -25,7 +25,7 @@ def public_methods(cls):
 
 def test_every_method_of_a_worker_is_marked():
     methods = public_methods(Worker)
-    methods.pop("run")  # the way in
+    methods.pop("answer")  # the way in
     assert [name for name, method in methods.items() if kind_of(method) is None] == []
 
 
