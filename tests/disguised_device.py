@@ -16,6 +16,7 @@ import contextlib
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -37,6 +38,9 @@ _WAITING = {
     aten.unique_consecutive.default, aten.unique_dim.default, aten.unique_dim_consecutive.default,
     aten.masked_select.default, aten.equal.default,
 }  # fmt: skip
+
+
+_ROOT = str(Path(__file__).parents[1])
 
 
 @dataclass
@@ -218,7 +222,7 @@ def active() -> Iterator[Counts]:
 
 def _site() -> str:
     for frame in reversed(traceback.extract_stack()):
-        if ("rayltx" in frame.filename or "/comfy/" in frame.filename or "/main/" in frame.filename) and (
+        if ("rayltx" in frame.filename or "/comfy/" in frame.filename or frame.filename.startswith(_ROOT)) and (
             "disguised_device" not in frame.filename and "/torch/" not in frame.filename
         ):
             return f"{frame.filename.rsplit('/', 1)[-1]}:{frame.name}"
