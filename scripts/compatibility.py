@@ -19,6 +19,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from page_tables import write_table
+
 ROOT = Path(__file__).resolve().parents[1]
 DEGREES = [(2, 1), (1, 2)]
 GRAPHS = (
@@ -26,7 +28,6 @@ GRAPHS = (
     "(two_workers and (KSampler-LTX-2.3 or uni_pc-LTX-2.3 or guide-LTX-2.3)) or (in_one_file and LTX-2.3)",
 )  # fmt: skip
 PATCHES = ("tests/comfyui/test_patch_proof.py",)
-BEGIN, END = "<!-- made by scripts/compatibility.py -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,7 @@ def main() -> None:
         lines.append(row(comfyui.seam(), graphs, patches))
         print(lines[-1], flush=True)
     if arguments.write:
-        page = arguments.write.read_text()
-        before, _, rest = page.partition(BEGIN)
-        _, _, after = rest.partition(END)
-        arguments.write.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
+        write_table(arguments.write, Path(__file__).name, lines)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from page_tables import row, write_table
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "importable"))
 
@@ -41,7 +43,6 @@ from rayltx.sequence_parallel.partition import ParallelConfig  # noqa: E402
 
 TWO = ParallelConfig(2, 1)
 SHAPE = LatentShape(16, 32, 32)  # 16384 tokens: seconds a step
-BEGIN, END = "<!-- made by scripts/faults.py -->", "<!-- end -->"
 WITHIN_S = 10.0  # of the end of a process, in which nothing of it may be left
 
 
@@ -122,7 +123,7 @@ def fault_rows(subject: Subject, times: int, only: str) -> list[str]:
             if subject.cluster.driver.session != session:
                 left += len(processes_of(session)) + folder.exists()
             alike += torch.equal(subject.step()[0], reference)
-        rows.append(_row(name, times, f"{survived}", f"{statistics.median(lost):.0f} s", str(left), f"{alike} equal"))
+        rows.append(row(name, times, f"{survived}", f"{statistics.median(lost):.0f} s", str(left), f"{alike} equal"))
         print(rows[-1], file=sys.stderr, flush=True)
     if not only or only in "cancel":
         rows.append(_cancels(subject, reference))
@@ -146,8 +147,8 @@ def _cancels(subject: Subject, reference: torch.Tensor, times: int = 20) -> str:
         waited.append(seconds - usual)
         alike += torch.equal(answer, reference)
     kept = "nobody replaced" if pids == [subject.rank(0), subject.rank(1)] else "workers replaced"
-    return _row(
-        f"a cancel in a step, the next at once ({kept})", times, f"{times}", f"{max(0.0, max(waited)):.1f} s at most", "0",
+    return row(
+        f"a cancel in a step, the next at once ({kept})", times, "-", f"{max(0.0, max(waited)):.1f} s at most", "-",
         f"{alike} equal",
     )  # fmt: skip
 
@@ -182,23 +183,20 @@ def end_rows(times: int, only: str) -> list[str]:
             while (processes_of(int(session)) or Path(folder).exists()) and time.monotonic() < deadline:
                 time.sleep(0.1)
             left += len(processes_of(int(session))) + Path(folder).exists()
-        rows.append(_row(f"{name} of ComfyUI's process", times, "-", "-", f"{left} after {WITHIN_S:.0f} s", "-"))
+        rows.append(row(f"{name} of ComfyUI's process", times, "-", "-", f"{left} after {WITHIN_S:.0f} s", "-"))
     return rows
 
 
 def memory_row(subject: Subject, runs: int = 50) -> str:
-    """Many runs: what the processes hold at the end against the tenth."""
+    """Many runs: what the processes hold at the end against the tenth, and whether all answers are those of the first."""
     subject.inputs = Case("run", shape=LatentShape(8, 16, 16)).inputs(subject.remote.source.spec)
-    for _ in range(10):
-        subject.step()
-    before = _held(subject)
-    for _ in range(runs - 10):
-        subject.step()
-    after = _held(subject)
-    told = ", ".join(
-        f"{name} {first} to {last}" for name, first, last in zip(("MiB", "descriptors", "threads"), before, after)
-    )
-    return _row(f"{runs} runs ({told})", 1, "1", "-", "0", "equal")
+    reference, equal, held = subject.step()[0], 1, []
+    for number in range(2, runs + 1):
+        equal += torch.equal(subject.step()[0], reference)
+        if number in (10, runs):
+            held.append(_held(subject))
+    told = ", ".join(f"{name} {first} to {last}" for name, first, last in zip(("MiB", "descriptors", "threads"), *held))
+    return row(f"a run ({told})", runs, equal, "-", "-", "-")
 
 
 def _held(subject: Subject) -> tuple[int, int, int]:
@@ -208,10 +206,6 @@ def _held(subject: Subject) -> tuple[int, int, int]:
         sum(process.num_fds() for process in processes),
         sum(process.num_threads() for process in processes),
     )
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
@@ -231,13 +225,11 @@ def main() -> None:
             if not arguments.only:
                 rows.append(memory_row(subject))
         rows += end_rows(arguments.times, arguments.only)
-    head = [_row("fault", "tries", "equal answer", "lost", "left behind", "next run"), "|---|---|---|---|---|---|"]
-    table = "\n".join([*head, *rows])
-    print(table)
+    head = [row("fault", "tries", "equal answer", "lost", "left behind", "next run"), "|---|---|---|---|---|---|"]
+    table = [*head, *rows]
+    print("\n".join(table))
     if arguments.write is not None:
-        text = arguments.write.read_text()
-        before, rest = text.split(BEGIN)
-        arguments.write.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+        write_table(arguments.write, Path(__file__).name, table)
 
 
 if __name__ == "__main__":
