@@ -95,6 +95,15 @@ class ExchangeError(ClusterError):
     """The message names the rank, and the kind of message."""
 
 
+RANK_LOST = (WorkerDied, WorkerStuck)
+"""What is no verdict on what was being done: the same may go well with another worker in that one's place."""
+
+
+def first_line(text: object) -> str:
+    """The first line of a message that says something, as far as it is short; "" where there is none."""
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), "")[:300]
+
+
 def listed(items: Sequence[str], most: int = 4, separator: str = ", ") -> str:
     """The first of many, and how many more there are, for a message."""
     more = f"{separator}and {len(items) - most} more" if len(items) > most else ""

@@ -11,12 +11,13 @@ import torch
 
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.driver.link import RayDriver
+from rayltx.distributed_worker.driver.protocol import LOCAL
 from rayltx.distributed_worker.machine_checks import check_machine, differing_cards
 from rayltx.distributed_worker.messages import Refer
 from rayltx.distributed_worker.object_store import StoreBudget, object_store_bytes
 from rayltx.distributed_worker.rank_group import START_TIMEOUT_S, RankGroup
 from rayltx.distributed_worker.remote_model import RemoteModel
-from rayltx.distributed_worker.request import LOCAL, ClusterRequest, ModelSource
+from rayltx.distributed_worker.request import ClusterRequest, ModelSource
 from rayltx.distributed_worker.sending import Sending
 from rayltx.distributed_worker.weight_sharing import Progress, SharedWeights
 from rayltx.distributed_worker.worker import Worker, WorkerInfo

@@ -7,7 +7,8 @@ from collections import Counter
 
 import torch.distributed as dist
 
-from rayltx.distributed_worker.request import LOCAL, ClusterRequest
+from rayltx.distributed_worker.driver.protocol import LOCAL
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError
 
 

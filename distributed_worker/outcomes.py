@@ -30,6 +30,7 @@ from rayltx.errors import (
     UserError,
     WorkerDied,
     WorkerStuck,
+    first_line,
 )
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Failure:
             carried = None
         text, out_of_memory = str(error), is_out_of_memory(error)
         if out_of_memory:
-            text = f"{_first_line(text)} {device.memory_report()}".strip()
+            text = f"{first_line(text)} {device.memory_report()}".strip()
         return cls(carried, type(error).__name__, text, traceback.format_exc(), out_of_memory)
 
 
@@ -170,7 +171,7 @@ def results(
     if not dead and not failures and not silent:
         return {rank: outcomes[rank].unwrap() for rank in asked}
     if dead:
-        reason = _first_line(next(iter(dead.values())).reason)
+        reason = first_line(next(iter(dead.values())).reason)
         if reason.startswith(RAY_ENDED):
             raise WorkerDied(f"{what}: {reason}")
         raise WorkerDied(f"{what}: rank {_listed(dead)} of {num_ranks} died ({reason})")
@@ -183,7 +184,7 @@ def results(
         raise OutOfMemory(f"{what}: rank {_listed(short)} of {num_ranks} ran out of memory. {'; '.join(told)}")
     if len(failures) == len(asked) and all((f.kind, f.text) == (first.kind, first.text) for f in failures.values()):
         raise _alike(first, what, asked, num_ranks)
-    told = [f"rank {rank}: {failure.kind}: {_first_line(failure.text)}" for rank, failure in sorted(failures.items())]
+    told = [f"rank {rank}: {failure.kind}: {first_line(failure.text)}" for rank, failure in sorted(failures.items())]
     fine = set(asked) - set(failures) - set(silent)
     if silent:
         told.append(f"no answer from rank {_listed(silent)}")
@@ -203,10 +204,6 @@ def _alike(failure: Failure, what: str, asked: Sequence[int], num_ranks: int) ->
 
 def _listed(ranks: Mapping[int, object] | set[int] | Sequence[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
-
-
-def _first_line(text: object) -> str:
-    return (str(text).splitlines() or [""])[0][:300]
 
 
 def is_gone(driver: RayDriver, answer: Answer, timeout_s: float) -> bool:

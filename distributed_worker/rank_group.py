@@ -141,40 +141,42 @@ class RankGroup:
         calls: Mapping[int, Call[Worker, _Result]],
         what: str,
         timeout_s: float = START_TIMEOUT_S,
-        poll: Callable[[], None] | None = None,
         control: StepControl | None = None,
         is_watched: bool = False,
     ) -> dict[int, _Result]:
         """Have ranks run a call each, and wait. Returns what each gave, by rank.
 
-        what: the work, for messages. poll: see `wait_for_outcomes`. control: which the calls have, too. is_watched: whether a
-        rank that enters no block is stuck.
+        what: the work, for messages. control: which the calls have, too. is_watched: whether a rank that enters no block is
+        stuck.
         Raises as `outcomes.results`; after RanksDisagree, WorkerDied and WorkerStuck the group has to be mended.
         """
         is_collective = any(call.kind is CallKind.COLLECTIVE for call in calls.values())
         answers = {rank: self._start(rank, call) for rank, call in calls.items()}
         num_ranks = len(calls) if is_collective else self._request.workers
-        calls_under_way = _CallsUnderWay(answers, what, timeout_s, num_ranks, is_collective, control, is_watched)
-        return self._collect(calls_under_way, poll)
+        return self._collect(_CallsUnderWay(answers, what, timeout_s, num_ranks, is_collective, control, is_watched))
 
     def run_on(self, ranks: Sequence[int], call: Call[Worker, _Result], what: str) -> dict[int, _Result]:
         """`run` with the same call for some ranks."""
         return self.run(dict.fromkeys(ranks, call), what)
 
     @contextlib.contextmanager
-    def polling(self, poll: Callable[[], None]) -> Iterator[None]:
-        """Within the `with`, whatever is waited for can be ended by what this raises; it is called about ten times a second."""
-        before, self._poll = self._poll, poll
+    def polling(self, poll: Callable[[], None] | None) -> Iterator[None]:
+        """Within the `with`, whatever is waited for can be ended by what this raises; it is called about ten times a second.
+
+        poll: None leaves it to what was said before.
+        """
+        before, self._poll = self._poll, poll or self._poll
         try:
             yield
         finally:
             self._poll = before
 
-    def _collect(self, calls: _CallsUnderWay, poll: Callable[[], None] | None = None) -> dict[int, Any]:
-        poll = poll or self._poll
+    def _collect(self, calls: _CallsUnderWay) -> dict[int, Any]:
         progress = Progress(calls.control) if calls.control is not None and calls.is_watched else None
         try:
-            outcomes = wait_for_outcomes(self._driver, calls.answers, calls.timeout_s, poll, calls.control, progress)
+            outcomes = wait_for_outcomes(
+                self._driver, calls.answers, calls.timeout_s, self._poll, calls.control, progress
+            )
         except Stuck as stuck:
             self._broken = True
             assert progress is not None and calls.control is not None
@@ -373,7 +375,7 @@ class RankGroup:
             self._actors[rank] = self._start_worker(rank, self._without_peer_to_peer)
             self._preparing[rank] = self._prepare(rank)
         self._infos = None
-        self._start_failed = self._start_failed and set(ranks) != set(self.all_ranks)
+        self._start_failed = False  # where it had, all are replaced
         self._lacking.update(ranks)
         self._started()
         self._reload(sorted(self._lacking))

@@ -16,7 +16,7 @@ from rayltx.distributed_worker.step_control import StepControl
 from rayltx.distributed_worker.weight_sharing import Progress, SharedWeights
 from rayltx.distributed_worker.worker import Worker
 from rayltx.distributed_worker.worker_calls import Call, CallKind, ask, ask_together
-from rayltx.errors import CheckpointError, ClusterError, OutOfMemory, RanksFailedAlike, UserError
+from rayltx.errors import CheckpointError, ClusterError, OutOfMemory, RanksFailedAlike, UserError, first_line
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class RemoteModel:
         try:
             self.load_on(ranks)
         except (UserError, RanksFailedAlike, OutOfMemory) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             self._lost = f"{os.path.basename(self.source.checkpoint.path)} could not be loaded again: {reason}"
             logger.error("%s", self._lost)
             self.release_unless_busy()
@@ -131,15 +131,13 @@ class RemoteModel:
             calls = dict.fromkeys(range(config.world_size), worker_call)
             is_step = call.method == Host.forward.__name__
             if control is None or not is_step:
-                return unpack(group.run(calls, what, limit_s, poll, control)[0])
+                return unpack(group.run(calls, what, limit_s, control)[0])
             kind = config, _shapes_of(worker_call)
             control.usual_s = self._usual_s if kind == self._usual_kind else 0.0
-            answers = group.run(calls, what, limit_s, poll, control, is_watched=True)
+            answers = group.run(calls, what, limit_s, control, is_watched=True)
             self._usual_kind, self._usual_s = kind, control.usual_s
             return unpack(answers[0])
 
-        if poll is None:
-            return group.repeated(work, what, repeats, again)
         with group.polling(poll):  # also of what has to be waited for before
             return group.repeated(work, what, repeats, again)
 

@@ -9,11 +9,11 @@ import torch
 
 from rayltx.devices import CPU, DeviceKind, kind_of
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.distributed_worker.driver.protocol import LOCAL
 from rayltx.distributed_worker.gpu_pinning import assign_gpus
 from rayltx.distributed_worker.messages import Refer
 from rayltx.errors import DeviceError, ParallelConfigError
 
-LOCAL = "local"  # the address of the Ray that is started here
 _COLLECTIVES_BYTES = 2**30
 DIFFUSERS_HOST = "rayltx.diffusion_models.lightricks.diffusers_host:DiffusersHost"
 

@@ -20,14 +20,54 @@ from rayltx.errors import ClusterError
 _ALIGNMENT = 64
 
 
-class Segment:
-    """A memory file of this process. It lives as long as this object here, and as any mapping elsewhere."""
+class MemoryFile:
+    """Of this process. It lives as long as this object here, and as any mapping elsewhere. Pickled, it is a `ForeignFile`."""
+
+    def __init__(self) -> None:
+        self._token = secrets.token_hex(8)
+        self.fd = os.memfd_create(f"rayltx-{self._token}", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd).atexit = False
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return ForeignFile, (os.getpid(), self.fd, self._token)
+
+    def map(self, writable: bool = False) -> mmap.mmap:
+        """Its bytes. writable: what is written to them is there for all who map it."""
+        return _map(self.fd, writable)
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """Another process's. pid, fd: that process's. token: in the file's name, which tells it from a later one of that number."""
+
+    pid: int
+    fd: int
+    token: str
+
+    def map(self, writable: bool = False) -> mmap.mmap:
+        """As `MemoryFile.map`. Raises ClusterError where the file is gone, or not for this process."""
+        path = f"/proc/{self.pid}/fd/{self.fd}"
+        try:
+            own = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+            try:
+                if self.token not in os.readlink(f"/proc/self/fd/{own}"):
+                    raise FileNotFoundError(path)
+                return _map(own, writable)
+            finally:
+                os.close(own)
+        except OSError as error:
+            raise ClusterError(
+                f"what process {self.pid} has shared is gone, or is not for this process ({error}); workers need to be of the "
+                "user and in the container of the process that started them"
+            ) from error
+
+
+class Segment(MemoryFile):
+    """Some arrays' bytes, one after another."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
-        """parts: (bytes,) uint8 each; copied, one after another."""
-        self.token = secrets.token_hex(8)
-        self.fd = os.memfd_create(f"rayltx-{self.token}", os.MFD_CLOEXEC)
-        weakref.finalize(self, os.close, self.fd).atexit = False
+        """parts: (bytes,) uint8 each; copied."""
+        super().__init__()
         self.offsets: list[int] = []
         end = 0
         for part in parts:
@@ -39,35 +79,12 @@ class Segment:
     def parts(self, sizes: Sequence[int]) -> list[SharedBytes]:
         return [SharedBytes(self, offset, size) for offset, size in zip(self.offsets, sizes)]
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return ForeignSegment, (os.getpid(), self.fd, self.token)
-
-    def map(self) -> mmap.mmap:
-        return _map(self.fd)
-
-
-@dataclass(frozen=True)
-class ForeignSegment:
-    """Another process's. pid, fd: that process's. token: in the file's name, which tells it from a later one of that number."""
-
-    pid: int
-    fd: int
-    token: str
-
-    def map(self) -> mmap.mmap:
-        """Its bytes, readable. Raises ClusterError where it is gone."""
-        fd = open_foreign(self.pid, self.fd, self.token, os.O_RDONLY)
-        try:
-            return _map(fd)
-        finally:
-            os.close(fd)
-
 
 @dataclass(frozen=True)
 class SharedBytes:
     """Some of a segment's bytes. Crosses to other processes of this machine by pickling."""
 
-    segment: Segment | ForeignSegment
+    segment: Segment | ForeignFile
     offset: int
     nbytes: int
 
@@ -83,22 +100,6 @@ class SharedBytes:
         return np.frombuffer(whole, np.uint8, self.nbytes, self.offset)
 
 
-def open_foreign(pid: int, fd: int, token: str, flags: int) -> int:
-    """A descriptor of another process's memory file. Raises ClusterError where it is gone, or not for this process."""
-    path = f"/proc/{pid}/fd/{fd}"
-    try:
-        own = os.open(path, flags)
-        if token not in os.readlink(f"/proc/self/fd/{own}"):
-            os.close(own)
-            raise FileNotFoundError(path)
-    except OSError as error:
-        raise ClusterError(
-            f"what process {pid} has shared is gone, or is not for this process ({error}); workers need to be of the user and in "
-            "the container of the process that started them"
-        ) from error
-    return own
-
-
 def shared(data: np.ndarray) -> SharedBytes:
     """A copy of some bytes, in a segment of their own."""
     return Segment([data]).parts([data.nbytes])[0]
@@ -112,6 +113,7 @@ def _write(fd: int, data: np.ndarray, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _map(fd: int) -> mmap.mmap:
+def _map(fd: int, writable: bool) -> mmap.mmap:
     populate = getattr(mmap, "MAP_POPULATE", 0)
-    return mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | populate, prot=mmap.PROT_READ)
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    return mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | populate, prot=protection)

@@ -8,15 +8,12 @@ there is none, and a step runs to its end.
 
 from __future__ import annotations
 
-import mmap
 import os
-import secrets
 import time
-import weakref
 
 import numpy as np
 
-from rayltx.distributed_worker.shared_bytes import open_foreign
+from rayltx.distributed_worker.shared_bytes import ForeignFile, MemoryFile
 from rayltx.errors import RanksDisagree, StepCancelled
 
 # Where each number is. Blocks count from 1 within a step. What rank 0 says is one number, which no other rank sees by halves: up
@@ -31,16 +28,20 @@ class StepControl:
     """Of one call. Crosses to the workers of this machine by pickling."""
 
     def __init__(self, num_ranks: int) -> None:
-        self._token = secrets.token_hex(8)
-        fd = os.memfd_create(f"rayltx-{self._token}", os.MFD_CLOEXEC)
-        weakref.finalize(self, os.close, fd).atexit = False
-        self._owner, self._fd, self._num_ranks = os.getpid(), fd, num_ranks
-        os.ftruncate(fd, 8 * (_FIRST_RANK + num_ranks))
-        self._numbers = _mapped(fd, num_ranks)
+        file = MemoryFile()
+        os.ftruncate(file.fd, 8 * (_FIRST_RANK + num_ranks))
+        self._attach(file)
+
+    def _attach(self, file: MemoryFile | ForeignFile) -> None:
+        self._file = file
+        self._numbers = np.frombuffer(file.map(writable=True), np.int64)
         self.usual_s = 0.0  # that a block takes, as far as is known; for who watches the step
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _opened, (self._owner, self._fd, self._token, self._num_ranks)
+    def __getstate__(self) -> MemoryFile | ForeignFile:
+        return self._file
+
+    def __setstate__(self, file: MemoryFile | ForeignFile) -> None:
+        self._attach(file)
 
     # ---- in ComfyUI's process
 
@@ -79,22 +80,3 @@ class StepControl:
             if looks > _SPINS:
                 time.sleep(_SLEEP_S)
         return said
-
-
-class _Opened(StepControl):
-    """Another process's."""
-
-    def __init__(self, numbers: np.ndarray) -> None:
-        self._numbers, self.usual_s = numbers, 0.0
-
-
-def _opened(owner: int, fd: int, token: str, num_ranks: int) -> StepControl:
-    own = open_foreign(owner, fd, token, os.O_RDWR)
-    try:
-        return _Opened(_mapped(own, num_ranks))
-    finally:
-        os.close(own)
-
-
-def _mapped(fd: int, num_ranks: int) -> np.ndarray:
-    return np.frombuffer(mmap.mmap(fd, 8 * (_FIRST_RANK + num_ranks)), np.int64)

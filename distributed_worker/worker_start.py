@@ -6,12 +6,13 @@ import os
 
 import psutil
 
-from rayltx.about import SEARCH_PATH
-from rayltx.distributed_worker.driver.link import RayDriver, RaySettings
+from rayltx.about import python_path
+from rayltx.distributed_worker.driver.link import RayDriver
+from rayltx.distributed_worker.driver.protocol import LOCAL, RaySettings
 from rayltx.distributed_worker.gpu_pinning import without_async_allocator
 from rayltx.distributed_worker.meeting import INTERFACE_VARIABLES
 from rayltx.distributed_worker.object_store import object_store_bytes
-from rayltx.distributed_worker.request import LOCAL, ClusterRequest
+from rayltx.distributed_worker.request import ClusterRequest
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _LOOPBACK = "lo"
@@ -34,9 +35,7 @@ def start_worker(
     environment = {
         name: without_async_allocator(os.environ[name]) for name in _ALLOCATOR_VARIABLES if name in os.environ
     }
-    # The one folder that makes `rayltx` importable, and nothing else of this repository; none if a wheel is installed.
-    search_path = [*SEARCH_PATH, os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
+    environment["PYTHONPATH"] = python_path()
     if request.address == LOCAL:
         environment |= {name: os.environ.get(name, _LOOPBACK) for name in INTERFACE_VARIABLES}
     if without_peer_to_peer:

@@ -57,9 +57,8 @@ class _WithoutValues:
                 result.__class__ = _View if _is_view_of(result, source) else _Derived
                 setattr(result, _NAME, _name_of(source))
             elif not _is_made_alike(func):
-                raise _unreadable(
-                    source
-                )  # torch.mm takes such a tensor next to one that has values, and gives anything
+                # torch.mm takes such a tensor next to one that has values, and gives anything.
+                raise _unreadable(source)
         return result
 
 

@@ -14,10 +14,11 @@ from rayltx.comfy_dist.main_process.attention_names import attention_arguments
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.devices import CPU, KINDS, kind_of
 from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.driver.protocol import LOCAL
 from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
 from rayltx.distributed_worker.machine_checks import check_machine
 from rayltx.distributed_worker.machine_facts import log_line
-from rayltx.distributed_worker.request import LOCAL, ClusterRequest
+from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError, InputError, ParallelConfigError, UnsupportedError
 from rayltx.sequence_parallel.partition import ParallelConfig
 

@@ -26,14 +26,12 @@ from rayltx.distributed_worker.rank_group import START_TIMEOUT_S
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker import WorkerInfo
 from rayltx.distributed_worker.worker_calls import ask_together
-from rayltx.errors import OutOfMemory, RanksDisagree, RanksFailedAlike, SelfTestError, WorkerDied, WorkerStuck
+from rayltx.errors import RANK_LOST, OutOfMemory, RanksDisagree, RanksFailedAlike, SelfTestError
 from rayltx.json_records import read_record, write_record
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
-# A rank that fails alone is a verdict; one that is gone is none.
-_AGAIN = (WorkerDied, WorkerStuck)
 _TESTS = ("self_test.py", "worker_process/kernel_test.py")
 _COLLECTIVES_VARIABLES = ("NCCL_", "TORCH_NCCL_")
 _KERNEL_WORDS = ("attention", "fast", "fp8", "fp16", "bf16", "fp32", "fp64", "deterministic")
@@ -91,13 +89,13 @@ def prove_seam(
 def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float | str]:
     """The self-test's errors by kind of input, on the ranks of a group. Raises as `RemoteModel.call_together`."""
     call = ask_together(ComfyHost.self_test)
-    return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, again=_AGAIN)
+    return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, again=RANK_LOST)
 
 
 def ask_differences(remote: RemoteModel, config: ParallelConfig) -> dict[str, Difference]:
     """How far the model's own first blocks are, on the ranks of a group, from themselves. Raises as `ask_errors`."""
     call = ask_together(ComfyHost.kernel_test)
-    return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, again=_AGAIN)
+    return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, again=RANK_LOST)
 
 
 def dtype_name(spec: ComfySpec) -> str:

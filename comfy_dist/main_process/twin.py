@@ -31,7 +31,7 @@ from rayltx.comfy_dist.main_process.detection import detect
 from rayltx.comfy_dist.main_process.forwarding import is_local, module_names
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.releasing import release_with
-from rayltx.comfy_dist.main_process.worker_link import WorkerLink
+from rayltx.comfy_dist.main_process.worker_link import WorkerLink, raise_if_cancelled
 from rayltx.comfy_dist.marks import LINK, MODULE_NAME, OBJECT_BACKUP, PLACEMENT
 from rayltx.comfy_dist.model_spec import CAPTION_PROJECTIONS, TEXT_MODULES
 from rayltx.distributed_worker.cluster import Cluster
@@ -250,7 +250,7 @@ def load_twin(
         cluster = Cluster.start(placement.request)
         base_model = detected.base_model
         refer = module_names(base_model.diffusion_model)
-        with cluster.group.polling(comfy.model_management.throw_exception_if_processing_interrupted):
+        with cluster.group.polling(raise_if_cancelled):
             remote = cluster.load(
                 checkpoint, detected.spec, COMFY_HOST, detected.dtypes, progress, keeps_host_copy=True, refer=refer
             )

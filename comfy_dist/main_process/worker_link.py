@@ -7,7 +7,6 @@ import inspect
 import logging
 import uuid
 import weakref
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import comfy.model_management
@@ -58,7 +57,7 @@ from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import ask, ask_together
-from rayltx.errors import InputError, UnsupportedError, WorkerDied, WorkerStuck, listed
+from rayltx.errors import RANK_LOST, InputError, UnsupportedError, listed
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -67,6 +66,11 @@ _Result = TypeVar("_Result")
 
 # Keys of what workers that take others' places are sent again.
 _PATCHES, _OPTIONS = "patches", "options"
+
+
+def raise_if_cancelled() -> None:
+    """What ComfyUI raises where its user has pressed cancel, for whatever waits for workers."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class WorkerLink:
@@ -107,7 +111,7 @@ class WorkerLink:
         state = self._with_changes_in_place()
         self._at_start = QuickState(self.base_model.diffusion_model)
         self.move(patcher.placement)
-        with self.cluster.group.polling(comfy.model_management.throw_exception_if_processing_interrupted):
+        with self.cluster.group.polling(raise_if_cancelled):
             self._send_patches(state)
             self.memory.put_on_devices()
 
@@ -157,7 +161,7 @@ class WorkerLink:
             self._sent_patches = self._sent_options = None
             self.hooks, self._proofs = SentHooks(self.remote), PatchProofs()
         self.placement = placement
-        with cluster.group.polling(comfy.model_management.throw_exception_if_processing_interrupted):
+        with cluster.group.polling(raise_if_cancelled):
             if self._proved != (cluster, placement.config):
                 warn_if_ring_replaces(placement.comfyui_arguments, placement.config.ring_degree)
                 prove_seam(self.remote, placement, cluster.workers(), self.spec, self.base_model)
@@ -189,7 +193,6 @@ class WorkerLink:
         self.memory.latent_shape = estimated_shape(x)
         self.memory.replicated = Replicated.of(x, arguments.get("context"))
         patcher = self.base_model.current_patcher
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
         kept = remote_options(options)
         if self._in_place is not None and (override := self._in_place.attention_override()) is not None:
             if kept.get(OVERRIDE) is not None:
@@ -206,12 +209,12 @@ class WorkerLink:
             load=self.memory.load_inputs(),
         )
         if patcher is not None:
-            inputs = self._with_proved_patches(inputs, kept, poll)
+            inputs = self._with_proved_patches(inputs, kept)
             inputs = dataclasses.replace(inputs, hooks_key=self.hooks.key_of(patcher))
 
         def step(saving: MemorySaving | None) -> ModelOutput:
             call = ask_together(ComfyHost.forward, inputs if saving is None else saving.step(inputs))
-            out = self.remote.call_together(call, self.placement.config, poll=poll)
+            out = self.remote.call_together(call, self.placement.config, poll=raise_if_cancelled)
             assert out is not None, "rank 0 answers"
             return out
 
@@ -219,7 +222,7 @@ class WorkerLink:
         device = (x[0] if isinstance(x, (list, tuple)) else x).device
         return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
 
-    def _with_proved_patches(self, inputs: StepInputs, options: Options, poll: Callable[[], None]) -> StepInputs:
+    def _with_proved_patches(self, inputs: StepInputs, options: Options) -> StepInputs:
         """The same with the modules that are shown all tokens. Raises UnsupportedError for patches that cannot be shared."""
         config, state = self.placement.config, self._sent_patches
         if config.world_size == 1 or state is None or self._sent_options is None:
@@ -242,7 +245,7 @@ class WorkerLink:
                     step = plain if saving is None else saving.step(plain)
                     call = ask_together(ComfyHost.patch_test, PatchTestInputs(step, case))
                     return self.remote.call_together(
-                        call, config, "trying the patches", poll=poll, again=(WorkerDied, WorkerStuck)
+                        call, config, "trying the patches", poll=raise_if_cancelled, again=RANK_LOST
                     )
 
                 return self.memory.within(run)

@@ -23,6 +23,7 @@ import psutil
 
 from rayltx.distributed_worker.driver.processes import end_session, remove_folder
 from rayltx.distributed_worker.driver.protocol import (
+    LOCAL,
     Answered,
     CallWorker,
     Ended,
@@ -34,6 +35,9 @@ from rayltx.distributed_worker.driver.protocol import (
     StartRay,
     StartWorker,
 )
+from rayltx.errors import first_line
+
+logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.02  # for calls that came while others were waited for
 _WATCH_S = 0.5
@@ -60,7 +64,7 @@ class Courier:
         start: StartRay = self._connection.recv()
         self._folder = Path(start.folder).parent
         threading.Thread(target=self._read, name="pipe", daemon=True).start()
-        what = "Ray" if start.address == "local" else f"the Ray cluster at {start.address}"
+        what = "Ray" if start.settings.is_local else f"the Ray cluster at {start.settings.address}"
         with self._within(start.limit_s, what):
             store_bytes = self._start_ray(start)
         self._send(Started(store_bytes))
@@ -76,7 +80,7 @@ class Courier:
             try:
                 work()
             except BaseException as error:
-                self._end(f"{type(error).__name__}: {_first_line(error)}")
+                self._end(_told(error))
                 raise
 
         threading.Thread(target=run, name=name, daemon=True).start()
@@ -97,18 +101,23 @@ class Courier:
     def _start_ray(self, start: StartRay) -> int:
         import ray
 
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": start.namespace}
-        if start.address != "local":
+        settings = start.settings
+        common: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "namespace": settings.namespace,
+        }
+        if not settings.is_local:
             self._is_joined = True
             if start.package:
                 common["runtime_env"] = {"py_modules": [start.package]}
-            ray.init(address=start.address, **common)
+            ray.init(address=settings.address, **common)
             return int(ray.cluster_resources().get("object_store_memory", 0))
         _stay_on_loopback()
-        host, _, port = start.dashboard.rpartition(":")
+        host, _, port = settings.dashboard.rpartition(":")
         dashboard = {"dashboard_host": host, "dashboard_port": int(port)} if host else {}
         ray.init(
-            address="local",
+            address=LOCAL,
             include_dashboard=bool(dashboard),
             **dashboard,
             num_cpus=0,  # nothing is given out by it, and Ray starts so many interpreters ahead
@@ -116,12 +125,12 @@ class Courier:
             # Nothing here is given out by it.
             _memory=psutil.virtual_memory().total,
             num_gpus=0,  # GPUs are given out by what each worker's environment lets it see
-            object_store_memory=start.store_bytes,
+            object_store_memory=settings.store_bytes,
             _temp_dir=start.folder,
             _node_ip_address="127.0.0.1",
             **common,
         )
-        return start.store_bytes
+        return settings.store_bytes
 
     def _place_of(self, request: StartWorker) -> Any:
         """Ranks in a row on one machine, the first on this one: it has the file that rank 0 reads. The others go where Ray finds
@@ -194,7 +203,8 @@ class Courier:
                     request.payload, *kept
                 )
         except Exception as error:  # whatever Ray raises for what it cannot send
-            self._send(NotAnswered(request.call, f"{type(error).__name__}: {error}"))
+            logger.exception("a call could not be handed on")
+            self._send(NotAnswered(request.call, _told(error)))
             return
         with self._new:
             self._waiting[answer] = request.call
@@ -217,7 +227,7 @@ class Courier:
                 try:
                     self._send(Answered(call, ray.get(reference)))
                 except ray.exceptions.RayError as error:
-                    self._send(NotAnswered(call, _first_line(error)))
+                    self._send(NotAnswered(call, first_line(error)))
 
     def _send(self, message: object) -> None:
         with self._sending, contextlib.suppress(OSError):  # the other end is gone: the reading thread ends this
@@ -275,9 +285,8 @@ def _shut_ray_down() -> None:
     ray.shutdown()
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:300]
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def main() -> None:
@@ -285,5 +294,5 @@ def main() -> None:
     try:
         courier.run()
     except BaseException as error:
-        courier._end(f"{type(error).__name__}: {_first_line(error)}")  # noqa: SLF001
+        courier._end(_told(error))  # noqa: SLF001
         raise

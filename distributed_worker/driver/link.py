@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rayltx.about import SEARCH_PATH
+from rayltx.about import python_path
 from rayltx.distributed_worker.driver import protocol
 from rayltx.distributed_worker.driver.kept import Kept
 from rayltx.distributed_worker.driver.package import copy_package
@@ -45,16 +45,6 @@ _LOG = "courier.log"
 # Without the working directory on its search path, which is ComfyUI's, and the workers' too: paths may be relative to it.
 _COURIER = "import sys; sys.path[:] = filter(None, sys.path); from rayltx.distributed_worker.driver.courier import main; main()"
 RAY_ENDED = "Ray ended: "  # how the failure of each call begins that went with it
-
-
-@dataclass(frozen=True)
-class RaySettings:
-    """What is asked of Ray. address: "local" starts one here."""
-
-    address: str
-    namespace: str
-    store_bytes: int
-    dashboard: str = ""
 
 
 @dataclass(eq=False)
@@ -90,7 +80,7 @@ class _Run:
 class RayDriver:
     """The way to Ray. Its calls return at once, and may come from any thread."""
 
-    def __init__(self, settings: RaySettings) -> None:
+    def __init__(self, settings: protocol.RaySettings) -> None:
         self._settings = settings
         self._numbers = itertools.count()
         self._changed = threading.Condition()
@@ -99,18 +89,13 @@ class RayDriver:
     # ---- its life
 
     @property
-    def why_ended(self) -> str | None:
-        """Why Ray has ended; None while it runs, or starts."""
-        return self._run.ended
-
-    @property
     def is_running(self) -> bool:
         return self._run.ended is None
 
     @property
     def shares_memory(self) -> bool:
         """Whether the workers map what this process shares: those of a cluster may be on other machines."""
-        return self._settings.address == "local"
+        return self._settings.is_local
 
     @property
     def session(self) -> int:
@@ -145,6 +130,7 @@ class RayDriver:
         run.reader.join()
 
     def _start(self) -> _Run:
+        settings = self._settings
         remove_leftovers()
         folder = make_folder()
         note_owner(folder)
@@ -152,23 +138,15 @@ class RayDriver:
         with theirs, open(folder / _LOG, "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", _COURIER, str(theirs.fileno())],
-                env=_environment(folder, self._settings.address == "local"), pass_fds=[theirs.fileno()],
+                env=_environment(folder, settings.is_local), pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         note_owner(folder, process.pid)
         connection = multiprocessing.connection.Connection(os.dup(ours.fileno()))
-        known_bytes = self._settings.store_bytes if self._settings.address == "local" else 0
-        run = _Run(folder, process, ours, connection, known_bytes)
-        settings = self._settings
-        is_local = settings.address == "local"
-        package = "" if is_local else str(copy_package(folder))
-        self._send(
-            run,
-            protocol.StartRay(
-                settings.address, settings.namespace, settings.store_bytes, settings.dashboard, str(folder / RAYS_OWN),
-                _START_LIMIT_S if is_local else _JOIN_LIMIT_S, package,
-            ),
-        )  # fmt: skip
+        run = _Run(folder, process, ours, connection, settings.store_bytes if settings.is_local else 0)
+        package = "" if settings.is_local else str(copy_package(folder))
+        limit_s = _START_LIMIT_S if settings.is_local else _JOIN_LIMIT_S
+        self._send(run, protocol.StartRay(settings, str(folder / RAYS_OWN), limit_s, package))
         run.reader = threading.Thread(target=self._read, args=(run,), name="rayltx-answers", daemon=True)
         run.reader.start()
         return run
@@ -314,8 +292,7 @@ class RayDriver:
 def _environment(folder: Path, is_local: bool) -> dict[str, str]:
     """The courier's, of which Ray's processes and the workers inherit."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    search_path = [*SEARCH_PATH, os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
+    environment["PYTHONPATH"] = python_path()
     # Under `uv run` Ray would send the working directory to its workers, and start them through uv.
     environment["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     environment["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -47,13 +47,18 @@ def end_session(session: int) -> None:
             return
 
 
+def _places() -> list[str]:
+    """Where the folder of a run can be, the best first."""
+    return list(dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")))
+
+
 def make_folder() -> Path:
     """A folder for one run's files, that no other user can read.
 
     Raises DeviceError where there is no place for one.
     """
     told = []
-    for place in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
+    for place in _places():
         length = len(os.fsencode(place)) + 1 + len(_PREFIX) + 8
         if length > _LONGEST_FOLDER or not place.isascii():
             told.append(f"{place}: Ray's sockets need a path of ASCII letters, at most {_LONGEST_FOLDER} of them")
@@ -109,7 +114,7 @@ def remove_leftovers() -> None:
 
 
 def _folders() -> Iterator[tuple[Path, dict[str, Any]]]:
-    for place in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
+    for place in _places():
         for folder in Path(place).glob(f"{_PREFIX}*"):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 if folder.is_symlink() or folder.stat().st_uid != os.getuid():

@@ -8,15 +8,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+LOCAL = "local"  # the address of the Ray that is started here
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """What is asked of Ray."""
+
+    address: str  # LOCAL, or of a cluster that runs
+    namespace: str
+    store_bytes: int  # of the one that is started here
+    dashboard: str = ""  # host:port; "": none
+
+    @property
+    def is_local(self) -> bool:
+        return self.address == LOCAL
+
 
 @dataclass(frozen=True)
 class StartRay:
     """The first message."""
 
-    address: str  # "local", or of a cluster that runs
-    namespace: str
-    store_bytes: int
-    dashboard: str  # host:port; "": none
+    settings: RaySettings
     folder: str  # of Ray's files; the one that it lies in goes with it
     limit_s: float
     package: str  # folder that other machines are sent; "": none
