@@ -15,7 +15,7 @@ from rayltx.distributed_worker.driver.protocol import LOCAL
 from rayltx.distributed_worker.machine_checks import check_machine, differing_cards
 from rayltx.distributed_worker.messages import Refer
 from rayltx.distributed_worker.object_store import StoreBudget, object_store_bytes
-from rayltx.distributed_worker.rank_group import START_TIMEOUT_S, RankGroup
+from rayltx.distributed_worker.rank_group import RankGroup
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.request import ClusterRequest, ModelSource
 from rayltx.distributed_worker.sending import Sending
@@ -39,7 +39,7 @@ class Cluster:
         self.request = request
         self._gpus = request.gpus()
         self.driver = RayDriver(ray_settings(request))
-        self.store = StoreBudget(lambda: self.driver.store_bytes(START_TIMEOUT_S))
+        self.store = StoreBudget(lambda: self.driver.store_bytes(request.call_timeout_s))
         start = functools.partial(start_worker, self.driver, request, self._gpus)
         try:
             self.group = RankGroup(request, self.driver, start, self._reload)

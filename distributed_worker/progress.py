@@ -10,18 +10,18 @@ import numpy as np
 from rayltx.distributed_worker.step_control import StepControl
 
 _TIMES = 10.0  # a block's usual time
-_AT_LEAST_S = 20.0
-# Where a block's usual time is not known yet, or a rank has not entered the first while others have: weights may be on their way
-# to a device, kernels may be compiled.
-_UNKNOWN_S = 300.0
 _KNOWN_FROM = 3  # of a rank's blocks
 
 
 class Progress:
     """Of one step. What a block usually takes comes from the step's own blocks, and before there are some from the control."""
 
-    def __init__(self, control: StepControl) -> None:
+    def __init__(self, control: StepControl, at_least_s: float, unknown_s: float) -> None:
+        """at_least_s: that a rank may stay in a block. unknown_s: the same where a block's usual time is not known yet, or a rank
+        has not entered the first while others have: weights may be on their way to a device, kernels may be compiled.
+        """
         self._control, self._expected_s = control, control.usual_s
+        self._at_least_s, self._unknown_s = at_least_s, max(at_least_s, unknown_s)
         self._seen = control.blocks()
         self._since = [time.monotonic()] * len(self._seen)
         self._times: list[float] = []  # between a rank's blocks
@@ -53,7 +53,7 @@ class Progress:
         usual_s = self._control.usual_s
         if len(self._times) < _KNOWN_FROM * len(blocks):
             usual_s = max(usual_s, self._expected_s) if self._expected_s else 0.0
-        limit_s = max(_AT_LEAST_S, _TIMES * usual_s) if behind and usual_s else _UNKNOWN_S
+        limit_s = max(self._at_least_s, _TIMES * usual_s) if behind and usual_s else self._unknown_s
         if now - self.last < limit_s:
             return {}  # they meet in every block: where one goes on, all do
         return {rank: seconds for rank, seconds in waiting.items() if blocks[rank] == behind}

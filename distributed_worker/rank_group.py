@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from rayltx.distributed_worker.driver.kept import Kept
 from rayltx.distributed_worker.driver.link import Answer, RayDriver
 from rayltx.distributed_worker.machine_record import MachineRecord
-from rayltx.distributed_worker.meeting import MeetingPoint
+from rayltx.distributed_worker.meeting import MeetingPoint, Meetings, RankControl
 from rayltx.distributed_worker.outcomes import Stuck, is_gone, results, wait_for_outcomes
 from rayltx.distributed_worker.progress import Progress
 from rayltx.distributed_worker.request import ClusterRequest
@@ -33,13 +33,13 @@ from rayltx.errors import (
     StepCancelled,
     UserError,
     WorkerStuck,
+    first_line,
     listed,
 )
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 300.0  # for everything that is not a step
 _PING_TIMEOUT_S = 5.0
 _JOIN_TIMEOUT_S = 120.0  # a link that hangs is told from a slow start, which is over by then
 _STACK_S = 0.5  # that a worker has to write its stack
@@ -87,8 +87,8 @@ class RankGroup:
         self._abandoned: _CallsUnderWay | None = None
         self._ended = False
         self._poll: Callable[[], None] | None = None
-        self._start_failed = False
-        self._numbers = itertools.count()  # of groups
+        self._start_failed = self._ray_hangs = False
+        self._meetings = Meetings(driver, request.group_address)
         self.link_report: LinkReport | None = None  # of the group that last formed, as rank 0 found it
 
     @property
@@ -114,8 +114,13 @@ class RankGroup:
         self._ended = True
         for actor in self._actors:
             self._driver.end_worker(actor)
+        self._meetings.close()
 
     # ---- calling
+
+    def share(self, control: StepControl) -> RankControl:
+        """What ranks are sent for the numbers of a step."""
+        return self._meetings.share(control)
 
     def _start(self, rank: int, call: Call[Worker, _Result]) -> Answer:
         """Have a worker run a call after what it is doing. Nobody waits for it."""
@@ -127,7 +132,9 @@ class RankGroup:
 
     def collect(self, rank: int, answer: Answer, what: str) -> None:
         """Wait for what was started by itself. Raises as `run`."""
-        calls = _CallsUnderWay({rank: answer}, what, START_TIMEOUT_S, self._request.workers, is_collective=False)
+        calls = _CallsUnderWay(
+            {rank: answer}, what, self._request.call_timeout_s, self._request.workers, is_collective=False
+        )
         self._collect(calls)
 
     def tell_all(self, call: Call[Worker, object]) -> None:
@@ -140,19 +147,20 @@ class RankGroup:
         self,
         calls: Mapping[int, Call[Worker, _Result]],
         what: str,
-        timeout_s: float = START_TIMEOUT_S,
+        timeout_s: float | None = None,
         control: StepControl | None = None,
         is_watched: bool = False,
     ) -> dict[int, _Result]:
         """Have ranks run a call each, and wait. Returns what each gave, by rank.
 
-        what: the work, for messages. control: which the calls have, too. is_watched: whether a rank that enters no block is
-        stuck.
+        what: the work, for messages. timeout_s: None stands for the request's limit of a call. control: which the calls have,
+        too. is_watched: whether a rank that enters no block is stuck.
         Raises as `outcomes.results`; after RanksDisagree, WorkerDied and WorkerStuck the group has to be mended.
         """
         is_collective = any(call.kind is CallKind.COLLECTIVE for call in calls.values())
         answers = {rank: self._start(rank, call) for rank, call in calls.items()}
         num_ranks = len(calls) if is_collective else self._request.workers
+        timeout_s = self._request.call_timeout_s if timeout_s is None else timeout_s
         return self._collect(_CallsUnderWay(answers, what, timeout_s, num_ranks, is_collective, control, is_watched))
 
     def run_on(self, ranks: Sequence[int], call: Call[Worker, _Result], what: str) -> dict[int, _Result]:
@@ -172,7 +180,7 @@ class RankGroup:
             self._poll = before
 
     def _collect(self, calls: _CallsUnderWay) -> dict[int, Any]:
-        progress = Progress(calls.control) if calls.control is not None and calls.is_watched else None
+        progress = self._progress_of(calls)
         try:
             outcomes = wait_for_outcomes(
                 self._driver, calls.answers, calls.timeout_s, self._poll, calls.control, progress
@@ -211,6 +219,11 @@ class RankGroup:
             self._broken = True
             raise
 
+    def _progress_of(self, calls: _CallsUnderWay) -> Progress | None:
+        if calls.control is None or not calls.is_watched:
+            return None
+        return Progress(calls.control, self._request.block_timeout_s, self._request.call_timeout_s)
+
     def _log_stacks(self, ranks: Collection[int]) -> None:
         """Write to the log what ranks are doing, as far as they can say it still."""
         if not self._driver.shares_memory or self._infos is None:
@@ -236,13 +249,19 @@ class RankGroup:
     def _started(self) -> list[WorkerInfo]:
         if self._infos is None:
             starting = _CallsUnderWay(
-                self._preparing, "starting the workers", START_TIMEOUT_S, self._request.workers, is_collective=False
+                self._preparing,
+                "starting the workers",
+                self._request.call_timeout_s,
+                self._request.workers,
+                is_collective=False,
             )
             try:
                 infos = self._collect(starting)
-            except (ClusterError, UserError):
+            except (ClusterError, UserError) as error:
                 # What they have answered stays what it is: others have to start in their places.
                 self._broken = self._start_failed = True
+                # Workers are told from Ray by what starts them: where none comes up, it is Ray that hangs.
+                self._ray_hangs = isinstance(error, WorkerStuck)
                 raise
             self._infos = [infos[rank] for rank in self.all_ranks]
         return self._infos
@@ -291,15 +310,13 @@ class RankGroup:
         self._config = None
         # All at once: taking a group's communicators apart may wait for every rank of it.
         self.run_on(self.all_ranks, ask(Worker.leave), "leaving the group")
-        if self._driver.shares_memory and not self._request.group_address:
-            return MeetingPoint(path=str(self._driver.folder / f"group-{next(self._numbers)}"))
-        return self.run_on([0], ask(Worker.open_meeting_point, self._request.group_address), "forming the group")[0]
+        return self._meetings.next_point()
 
     def _form_and_try(self, config: ParallelConfig, meeting_point: MeetingPoint) -> None:
         # Longer than a step may take: of a rank that hangs, this process is to hear first, and says which it is.
         timeout_s = _COLLECTIVE_TIMEOUT * self._request.step_timeout_s
         joining = {rank: ask(Worker.join, rank, config, meeting_point, timeout_s) for rank in range(config.world_size)}
-        reports = self.run(joining, "forming the group", _JOIN_TIMEOUT_S)
+        reports = self.run(joining, "forming the group", min(_JOIN_TIMEOUT_S, self._request.call_timeout_s))
         if (report := reports[0]) is not None:
             logger.info("%d ranks reach each other: %s", config.world_size, report)
         self.link_report = report
@@ -327,7 +344,8 @@ class RankGroup:
                 is_final = isinstance(error, (RanksFailedAlike, OutOfMemory)) or not isinstance(error, again)
                 if self._ended or is_final or attempt == repeats:
                     raise
-                logger.warning("%s; repeating %s", error, what)
+                logger.warning("%s; repeating %s", first_line(error), what)
+                logger.debug("%s", error)  # with the rank's traceback
         raise AssertionError("unreachable")
 
     def ensure_whole(self) -> None:
@@ -349,13 +367,13 @@ class RankGroup:
             except StepCancelled:
                 pass
             except RayLTXError as error:  # nobody waits for that any more; a broken group is noted
-                logger.warning("%s", error)
+                logger.warning("%s", first_line(error))
 
     def _mend(self) -> None:
         """Replace workers that died or do not answer, give the new ones the models, and form the group anew."""
         started = time.monotonic()
         config, self._config = self._config, None
-        restarted = not self._driver.is_running
+        restarted = not self._driver.is_running or self._ray_hangs
         if restarted:
             self._driver.restart()
         gone = list(self.all_ranks) if restarted else self._gone()
@@ -375,7 +393,7 @@ class RankGroup:
             self._actors[rank] = self._start_worker(rank, self._without_peer_to_peer)
             self._preparing[rank] = self._prepare(rank)
         self._infos = None
-        self._start_failed = False  # where it had, all are replaced
+        self._start_failed = self._ray_hangs = False  # where it had, all are replaced
         self._lacking.update(ranks)
         self._started()
         self._reload(sorted(self._lacking))

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from rayltx.distributed_worker.host import Host
+from rayltx.distributed_worker.meeting import RankControl
 from rayltx.distributed_worker.messages import Message, Store, pack, unpack
-from rayltx.distributed_worker.rank_group import START_TIMEOUT_S, RankGroup
+from rayltx.distributed_worker.rank_group import RankGroup
 from rayltx.distributed_worker.request import ModelSource
 from rayltx.distributed_worker.sending import Sending
 from rayltx.distributed_worker.step_control import StepControl
@@ -48,6 +49,11 @@ class RemoteModel:
         self._lost: str | None = None  # why the workers do not have it any more
         self._usual_kind: object = None  # of the last step,
         self._usual_s = 0.0  # and what a block of it took
+
+    @property
+    def call_timeout_s(self) -> float:
+        """The request's limit of a call that is not a step."""
+        return self._group.request.call_timeout_s
 
     # ---- loading
 
@@ -126,11 +132,10 @@ class RemoteModel:
         def work() -> _Result:
             group.form(config)
             self._check_not_lost()
-            control = StepControl(config.world_size) if self._sending.shares_memory else None
-            worker_call = self._on_worker(call, self._sending.of_steps, control=control)
+            control = StepControl(config.world_size)
+            worker_call = self._on_worker(call, self._sending.of_steps, control=group.share(control))
             calls = dict.fromkeys(range(config.world_size), worker_call)
-            is_step = call.method == Host.forward.__name__
-            if control is None or not is_step:
+            if call.method != Host.forward.__name__:
                 return unpack(group.run(calls, what, limit_s, control)[0])
             kind = config, _shapes_of(worker_call)
             control.usual_s = self._usual_s if kind == self._usual_kind else 0.0
@@ -146,9 +151,12 @@ class RemoteModel:
         call: Call[_HostClass, _Result],
         what: str,
         ranks: Sequence[int] | None = None,
-        timeout_s: float = START_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> dict[int, _Result]:
-        """Have some workers, or all, run a host's call by themselves. Returns what each gave, by rank."""
+        """Have some workers, or all, run a host's call by themselves. Returns what each gave, by rank.
+
+        timeout_s: None stands for the request's limit of a call.
+        """
         return self._run(self._on_worker(call), what, self._group.all_ranks if ranks is None else ranks, timeout_s)
 
     def tell(self, call: Call[_HostClass, object]) -> None:
@@ -176,7 +184,7 @@ class RemoteModel:
         return self._group.run_on(self._group.all_ranks, ask(Worker.digest, self.model_id), "hashing")
 
     def _run(
-        self, call: Call[Worker, _Result], what: str, ranks: Sequence[int], timeout_s: float = START_TIMEOUT_S
+        self, call: Call[Worker, _Result], what: str, ranks: Sequence[int], timeout_s: float | None = None
     ) -> dict[int, _Result]:
         def work() -> dict[int, _Result]:
             self._group.ensure_whole()
@@ -199,7 +207,7 @@ class RemoteModel:
         call: Call[_HostClass, Any],
         store: Store | None = None,
         as_views: bool = False,
-        control: StepControl | None = None,
+        control: RankControl | None = None,
     ) -> Call[Worker, Any]:
         """A host's call as the worker is asked it."""
         arguments = pack((call.args, call.kwargs), store, self.source.refer, as_views)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -12,7 +13,7 @@ from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.driver.protocol import LOCAL
 from rayltx.distributed_worker.gpu_pinning import assign_gpus
 from rayltx.distributed_worker.messages import Refer
-from rayltx.errors import DeviceError, ParallelConfigError
+from rayltx.errors import DeviceError, InputError, ParallelConfigError
 
 _COLLECTIVES_BYTES = 2**30
 DIFFUSERS_HOST = "rayltx.diffusion_models.lightricks.diffusers_host:DiffusersHost"
@@ -39,7 +40,10 @@ class ClusterRequest:
     map_files: bool = False  # let the workers map the checkpoint itself, without the object store
     dashboard: str = ""  # host:port of Ray's dashboard; "": none
     group_address: str = ""  # host:port where the ranks meet; "": a free port
+    # Limits: of a step since the last sign of it, where blocks cannot be seen; of every other call; and of a block, the least.
     step_timeout_s: float = 1800.0
+    call_timeout_s: float = 300.0
+    block_timeout_s: float = 20.0
     machine_record: str = ""  # file of what was found out about the machine; "": nothing is remembered
     host: str = DIFFUSERS_HOST  # "package.module:Class", imported ahead of its use
     bootstrap: Bootstrap | None = None
@@ -47,6 +51,9 @@ class ClusterRequest:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ParallelConfigError(f"workers={self.workers} must be at least 1")
+        for name in ("step_timeout_s", "call_timeout_s", "block_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)} must be a number of seconds above 0")
         kind_of(self.device)
 
     @property

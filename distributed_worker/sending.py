@@ -10,7 +10,6 @@ class Sending:
     """Of one cluster, for all its models."""
 
     def __init__(self, driver: RayDriver) -> None:
-        self.shares_memory = driver.shares_memory  # whether the workers map what this process shares
         keep = None if driver.shares_memory else driver.keep
         self.of_steps = SentTensors(keep=keep)  # of which much is the same in the next
         self.of_setups: Store = SharedTensors() if keep is None else KeptTensors(keep)  # each message keeps its own

@@ -8,7 +8,6 @@ import hashlib
 import importlib
 import logging
 import os
-import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +24,13 @@ from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.distributed_worker.failure_watch import FailureWatch, abort_group
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.host import Host
-from rayltx.distributed_worker.meeting import MeetingPoint, use_interface_of
+from rayltx.distributed_worker.meeting import MeetingPoint, RankControl, use_interface_of
 from rayltx.distributed_worker.messages import Message, SharedTensors, bytes_of_tensor, load_call, pack, unpack
 from rayltx.distributed_worker.object_store import SHARED_MEMORY
 from rayltx.distributed_worker.outcomes import Failure, Outcome
 from rayltx.distributed_worker.pace import Pace
 from rayltx.distributed_worker.request import Bootstrap
 from rayltx.distributed_worker.stacks import write_stacks_into
-from rayltx.distributed_worker.step_control import StepControl
 from rayltx.distributed_worker.weights import WeightPortion, map_file
 from rayltx.distributed_worker.worker_calls import collective, individual
 from rayltx.errors import DeviceError, StepCancelled, UserError
@@ -85,7 +83,7 @@ class Worker:
         self._result: Message | None = None  # kept until the next, for who asked to map what it shares
         self._models: dict[str, Host] = {}
         self._group: SequenceParallelGroup | None = None
-        self._meeting: dist.TCPStore | None = None
+        self._meeting: dist.Store | None = None  # of the group, which does not keep it itself
         self._watch: FailureWatch | None = None
         self._logs = _CollectingHandler()
         package_logger = logging.getLogger("rayltx")
@@ -125,18 +123,6 @@ class Worker:
 
     # ---- the process group
 
-    @individual
-    def open_meeting_point(self, address: str) -> MeetingPoint:
-        """Offer the ranks a meeting point, at an address (host:port), or at a free port for "". Returns where it is.
-
-        For rank 0. Raises what torch raises for an address that is taken.
-        """
-        host, _, port = address.rpartition(":")
-        host = host or ray.util.get_node_ip_address()
-        self._meeting = None  # the port of an earlier group is free again
-        self._meeting = dist.TCPStore(host, int(port or 0), is_master=True, wait_for_workers=False)
-        return MeetingPoint(host=host, port=self._meeting.port, prefix=secrets.token_hex(16))
-
     @collective
     def join(
         self, rank: int, config: ParallelConfig, meeting_point: MeetingPoint, timeout_s: float
@@ -150,9 +136,10 @@ class Worker:
         if config.world_size == 1:
             self._group = SequenceParallelGroup.single()
             return None
+        self._meeting = meeting_point.join(timeout_s)
         dist.init_process_group(
             self._device.collectives,
-            store=meeting_point.join(timeout_s),
+            store=self._meeting,
             rank=rank,
             world_size=config.world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
@@ -251,7 +238,7 @@ class Worker:
 
     @collective
     def call_host_together(
-        self, model_id: str, method: str, arguments: Message, control: StepControl | None = None
+        self, model_id: str, method: str, arguments: Message, control: RankControl | None = None
     ) -> Message | None:
         """Call a method of a host that takes the group first. Returns rank 0's result. Raises what it raises.
 

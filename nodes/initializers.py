@@ -99,6 +99,29 @@ _DIST: Definition = (
         "tooltip": "host:port at which the workers meet. auto: a place of their own, so that nothing collides.",
     },
 )
+_STEP_TIMEOUT: Definition = (
+    "FLOAT",
+    {
+        "default": 1800.0, "min": 1.0, "max": 86400.0, "step": 1.0,
+        "tooltip": "Seconds after which a step that shows no sign of progress is given up, where blocks cannot be seen.",
+    },
+)  # fmt: skip
+_CALL_TIMEOUT: Definition = (
+    "FLOAT",
+    {
+        "default": 300.0, "min": 1.0, "max": 86400.0, "step": 1.0,
+        "tooltip": "Seconds that workers have to start, to read a part of a file, and for all else that is not a step. Also for "
+        "the first blocks of a step of a new size. More for a slow disk.",
+    },
+)  # fmt: skip
+_BLOCK_TIMEOUT: Definition = (
+    "FLOAT",
+    {
+        "default": 20.0, "min": 1.0, "max": 86400.0, "step": 1.0,
+        "tooltip": "Seconds within which a worker is never taken for stuck in a block. After them it is, if the block takes ten "
+        "times what blocks usually take.",
+    },
+)  # fmt: skip
 _DEVICE: Definition = (
     ["auto", "cuda", "cpu"],
     {
@@ -215,6 +238,9 @@ class RayInitializerAdvanced(RayInitializer):
                 "torch_dist_address": _DIST,
                 "gpu_indices": _GPU_INDICES,
                 "device": _DEVICE,
+                "step_timeout_s": _STEP_TIMEOUT,
+                "call_timeout_s": _CALL_TIMEOUT,
+                "block_timeout_s": _BLOCK_TIMEOUT,
             },
         }
 

@@ -52,6 +52,9 @@ class InitializerSettings:
     GPU_SELECT: str = ""
     ray_dashboard_address: str = "None"
     torch_dist_address: str = "auto"
+    step_timeout_s: float = ClusterRequest.step_timeout_s
+    call_timeout_s: float = ClusterRequest.call_timeout_s
+    block_timeout_s: float = ClusterRequest.block_timeout_s
     device: str = AUTOMATIC  # what ComfyUI itself runs on
     expected_order: str = ""  # of the node's widgets, for the message when they look shifted
 
@@ -88,6 +91,9 @@ class InitializerSettings:
             map_files=self.use_mmap,
             dashboard=self._dashboard(),
             group_address=self._group_address(),
+            step_timeout_s=self.step_timeout_s,
+            call_timeout_s=self.call_timeout_s,
+            block_timeout_s=self.block_timeout_s,
             machine_record=str(user_folder() / "machine.json"),
         )
         check_machine(request)

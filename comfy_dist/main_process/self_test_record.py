@@ -22,7 +22,6 @@ from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.model_spec import ComfySpec
 from rayltx.comfy_dist.self_test import check_errors
 from rayltx.comfy_dist.wire import Difference
-from rayltx.distributed_worker.rank_group import START_TIMEOUT_S
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker import WorkerInfo
 from rayltx.distributed_worker.worker_calls import ask_together
@@ -89,13 +88,13 @@ def prove_seam(
 def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float | str]:
     """The self-test's errors by kind of input, on the ranks of a group. Raises as `RemoteModel.call_together`."""
     call = ask_together(ComfyHost.self_test)
-    return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, again=RANK_LOST)
+    return remote.call_together(call, config, "the self-test", remote.call_timeout_s, again=RANK_LOST)
 
 
 def ask_differences(remote: RemoteModel, config: ParallelConfig) -> dict[str, Difference]:
     """How far the model's own first blocks are, on the ranks of a group, from themselves. Raises as `ask_errors`."""
     call = ask_together(ComfyHost.kernel_test)
-    return remote.call_together(call, config, "the self-test", START_TIMEOUT_S, again=RANK_LOST)
+    return remote.call_together(call, config, "the self-test", remote.call_timeout_s, again=RANK_LOST)
 
 
 def dtype_name(spec: ComfySpec) -> str:

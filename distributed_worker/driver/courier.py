@@ -24,6 +24,7 @@ import psutil
 from rayltx.distributed_worker.driver.processes import end_session, remove_folder
 from rayltx.distributed_worker.driver.protocol import (
     LOCAL,
+    TELL_S,
     Answered,
     CallWorker,
     Ended,
@@ -31,6 +32,7 @@ from rayltx.distributed_worker.driver.protocol import (
     Keep,
     LetGo,
     NotAnswered,
+    Running,
     Started,
     StartRay,
     StartWorker,
@@ -64,10 +66,11 @@ class Courier:
         start: StartRay = self._connection.recv()
         self._folder = Path(start.folder).parent
         threading.Thread(target=self._read, name="pipe", daemon=True).start()
+        threading.Thread(target=self._tell, name="running", daemon=True).start()
         what = "Ray" if start.settings.is_local else f"the Ray cluster at {start.settings.address}"
         with self._within(start.limit_s, what):
             store_bytes = self._start_ray(start)
-        self._send(Started(store_bytes))
+        self._send(Started(store_bytes, self._address()))
         self._start_thread("answers", self._wait)
         self._start_thread("watch", functools.partial(self._watch, _of_ray(), os.getppid()))
         while True:
@@ -154,6 +157,11 @@ class Courier:
             rank -= room
         return "DEFAULT"
 
+    def _address(self) -> str:
+        import ray
+
+        return ray.util.get_node_ip_address()
+
     # ---- requests
 
     def _read(self) -> None:
@@ -232,6 +240,11 @@ class Courier:
     def _send(self, message: object) -> None:
         with self._sending, contextlib.suppress(OSError):  # the other end is gone: the reading thread ends this
             self._connection.send(message)
+
+    def _tell(self) -> None:
+        while True:
+            self._send(Running())
+            time.sleep(TELL_S)
 
     # ---- the end
 

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _START_LIMIT_S = 90.0
 _CLOSE_S = 15.0
 _LET_GO_S = 1.0  # after which what nobody needs any more is let go of, if nothing is sent before
+_SILENT_S = 60.0  # without a sign of life, after which the courier is taken for stuck
 _JOIN_LIMIT_S = 30.0
 _LOG = "courier.log"
 # Without the working directory on its search path, which is ComfyUI's, and the workers' too: paths may be relative to it.
@@ -70,6 +71,7 @@ class _Run:
     socket: socket.socket
     connection: Any  # on the same descriptor
     store_bytes: int
+    address: str = ""  # of this machine among Ray's nodes, when Ray has started
     answers: dict[int, Answer] = field(default_factory=dict)
     released: deque[int] = field(default_factory=deque)  # numbers to let go of; finalizers may come at any moment
     sending: Any = field(default_factory=threading.Lock)
@@ -114,6 +116,11 @@ class RayDriver:
             while not self._run.store_bytes and self.is_running and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
         return self._run.store_bytes
+
+    @property
+    def address(self) -> str:
+        """Of this machine, as Ray's other nodes reach it. "" while no worker has started."""
+        return self._run.address
 
     def restart(self) -> None:
         """Start Ray again. What it kept, and its workers, are gone."""
@@ -259,16 +266,23 @@ class RayDriver:
     def _read(self, run: _Run) -> None:
         reason = ""
         try:
+            silent_s = 0.0  # as counted here, which a process that was stopped itself does not do
             while True:
                 while not run.connection.poll(_LET_GO_S):
                     self._send(run)
+                    silent_s += _LET_GO_S
+                    if silent_s >= _SILENT_S:
+                        raise TimeoutError(f"its driver's process says nothing for {silent_s:.0f} s")
+                silent_s = 0.0
                 message = run.connection.recv()
+                if isinstance(message, protocol.Running):
+                    continue
                 if isinstance(message, protocol.Ended):
                     reason = message.reason
                     continue  # until the courier has ended, with all that it started
                 with self._changed:
                     if isinstance(message, protocol.Started):
-                        run.store_bytes = message.store_bytes
+                        run.store_bytes, run.address = message.store_bytes, message.address
                     elif (answer := run.answers.pop(message.call, None)) is not None:
                         answer.asked = None
                         if isinstance(message, protocol.Answered):
@@ -276,6 +290,9 @@ class RayDriver:
                         else:
                             answer.failure = message.reason
                     self._changed.notify_all()
+        except TimeoutError as error:
+            reason = str(error)
+            run.process.kill()  # what it has started is ended below
         except (EOFError, OSError):
             pass
         except Exception as error:  # nobody would wait for an answer in vain

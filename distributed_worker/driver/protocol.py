@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 LOCAL = "local"  # the address of the Ray that is started here
+TELL_S = 1.0  # between signs of life of the courier
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class LetGo:
 @dataclass(frozen=True)
 class Started:
     store_bytes: int
+    address: str  # of this machine, as Ray's other nodes reach it
+
+
+@dataclass(frozen=True)
+class Running:
+    """Said every TELL_S."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Real Ray, real processes: sharing, failing, and going on."""
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -67,6 +68,19 @@ def loaded(cluster, checkpoint_of):
     remote = cluster.load(checkpoint, model, host=FAILING)
     yield remote, inputs, untouched_forward(untouched, model, inputs)
     remote.release()
+
+
+@contextlib.contextmanager
+def limits(cluster, **limits):
+    """Others than were asked for."""
+    before = {name: getattr(cluster.request, name) for name in limits}
+    for name, value in limits.items():
+        object.__setattr__(cluster.request, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(cluster.request, name, value)
 
 
 @pytest.mark.parametrize("version", list(TRANSFORMER_CONFIGS))
@@ -164,12 +178,9 @@ def test_a_silent_rank_is_named_and_replaced(cluster, loaded, tmp_path, monkeypa
     monkeypatch.setattr("rayltx.distributed_worker.outcomes.GRACE_S", 2.0)
     fail = {**inputs, "fail": ("hang", 2, str(tmp_path / "hung"))}
     cluster.group.form(ParallelConfig(3, 1))
-    object.__setattr__(cluster.request, "step_timeout_s", 4.0)
-    try:
-        with pytest.raises(WorkerStuck, match="no answer within 4 s from rank 0, 1, 2 of 3"):
-            remote.forward(fail, ParallelConfig(3, 1), repeats=0)
-    finally:
-        object.__setattr__(cluster.request, "step_timeout_s", 60.0)
+    match = "no answer within 4 s from rank 0, 1, 2 of 3"
+    with limits(cluster, step_timeout_s=4.0), pytest.raises(WorkerStuck, match=match):
+        remote.forward(fail, ParallelConfig(3, 1), repeats=0)
     assert worst_error(remote.forward(fail, ParallelConfig(3, 1)), reference) < 2e-6
 
 
@@ -199,14 +210,13 @@ def test_a_cancel_stops_all_ranks_in_the_step(cluster, loaded, tmp_path):
 
 
 @pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.slow), "loop"])
-def test_a_rank_without_progress_is_found_by_its_block(cluster, loaded, tmp_path, monkeypatch, caplog, how):
+def test_a_rank_without_progress_is_found_by_its_block(cluster, loaded, tmp_path, caplog, how):
     """Long before the time that a step may take."""
     remote, inputs, reference = loaded
-    monkeypatch.setattr("rayltx.distributed_worker.progress._AT_LEAST_S", 2.0)
     config = ParallelConfig(3, 1)
     remote.forward({**inputs, "fail": ("slow blocks", 0.3, None)}, config)  # by which it is known what a block takes
     fail = {**inputs, "fail": (f"{how} in a block", 1, str(tmp_path / "stuck"))}
-    with caplog.at_level(logging.WARNING, "rayltx"):
+    with limits(cluster, block_timeout_s=2.0), caplog.at_level(logging.WARNING, "rayltx"):
         assert worst_error(remote.forward(fail, config), reference) < 2e-6
     assert "no progress for" in caplog.text and "rank 1, in block 2" in caplog.text
     assert ("in _hang" in caplog.text) == (how == "loop"), "its stack"

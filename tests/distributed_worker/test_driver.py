@@ -95,6 +95,41 @@ def test_an_end_between_runs_is_noticed_by_the_next(model, caplog):
         assert cluster.driver.session != session
 
 
+@pytest.mark.slow
+def test_a_courier_that_hangs_is_taken_for_ended(model, monkeypatch, caplog):
+    checkpoint, made, inputs = model
+    monkeypatch.setattr("rayltx.distributed_worker.driver.link._SILENT_S", 5.0)
+    with Cluster.start(ClusterRequest(workers=2)) as cluster:
+        remote = cluster.load(checkpoint, made)
+        before = remote.forward(inputs, TWO)
+        session = courier_of(cluster)
+        os.kill(session, signal.SIGSTOP)
+        assert torch.equal(remote.forward(inputs, TWO)["video"], before["video"])
+        assert "its driver's process says nothing for 5 s" in caplog.text
+        assert processes.processes_of(session) == []
+
+
+def test_signs_of_life_come_while_nothing_is_asked(model, monkeypatch):
+    monkeypatch.setattr("rayltx.distributed_worker.driver.link._SILENT_S", 3.0)
+    with Cluster.start(ClusterRequest(workers=1)) as cluster:
+        cluster.workers()
+        time.sleep(5.0)
+        assert cluster.driver.is_running
+
+
+@pytest.mark.slow
+def test_where_no_worker_comes_up_ray_is_started_again(model, caplog):
+    """A GCS that hangs lets workers go on, and none start."""
+    checkpoint, made, inputs = model
+    with Cluster.start(ClusterRequest(workers=2, call_timeout_s=45.0)) as cluster:
+        remote = cluster.load(checkpoint, made)
+        before = remote.forward(inputs, TWO)
+        os.kill(process_of(cluster, "gcs_server"), signal.SIGSTOP)
+        os.kill(cluster.workers()[1].pid, signal.SIGKILL)
+        assert torch.equal(remote.forward(inputs, TWO)["video"], before["video"])
+        assert "started Ray again" in caplog.text
+
+
 def test_what_cannot_be_read_again_is_lost_alone(model, tmp_path, caplog):
     """After Ray's end the weights come from their files: of one model the file is gone."""
     checkpoint, made, inputs = model

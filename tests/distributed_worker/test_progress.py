@@ -34,14 +34,14 @@ def enter(control, *ranks):
 
 
 def test_nobody_is_stuck_before_the_first_block(clock):
-    progress = Progress(StepControl(2))
+    progress = Progress(StepControl(2), 20.0, 300.0)
     clock.now += 10_000.0  # all weights may move
     assert progress.stuck([]) == {}
 
 
 def test_what_a_block_takes_is_not_known_at_first(clock):
     control = StepControl(2)
-    progress = Progress(control)
+    progress = Progress(control, 20.0, 300.0)
     enter(control, 0, 1)
     assert progress.stuck([]) == {}
     clock.now += 299.0
@@ -52,7 +52,7 @@ def test_what_a_block_takes_is_not_known_at_first(clock):
 
 def test_one_that_stands_still_is_found_after_ten_blocks_time(clock):
     control = StepControl(2)
-    progress = Progress(control)
+    progress = Progress(control, 20.0, 300.0)
     for _ in range(5):
         enter(control, 0, 1)
         progress.stuck([])
@@ -71,7 +71,7 @@ def test_one_that_stands_still_is_found_after_ten_blocks_time(clock):
 def test_what_is_known_from_the_last_step_counts(clock):
     control = StepControl(2)
     control.usual_s = 0.5
-    progress = Progress(control)
+    progress = Progress(control, 20.0, 300.0)
     enter(control, 0, 1)
     progress.stuck([])
     clock.now += 19.0
@@ -82,7 +82,7 @@ def test_what_is_known_from_the_last_step_counts(clock):
 
 def test_a_step_may_take_as_long_as_it_goes_on(clock):
     control = StepControl(3)
-    progress = Progress(control)
+    progress = Progress(control, 20.0, 300.0)
     for _ in range(200):
         enter(control, 0, 1, 2)
         assert progress.stuck([]) == {}
