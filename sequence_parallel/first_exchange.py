@@ -74,7 +74,7 @@ def _trades_heads(group: ProcessGroup, device: torch.device) -> bool:
     rank, degree = dist.get_rank(group), dist.get_world_size(group)
     tokens, heads = _uneven(degree), Partition.even(2 * degree + 1, degree)
     sent = _numbers(tokens, rank, heads.total, device)
-    received = start_scatter_heads(sent, tokens, heads, group).wait()
+    received = start_scatter_heads(sent, tokens, heads.slices, group).wait()
     expected = _numbers(Partition((tokens.total,)), 0, heads.total, device)[:, :, heads.slice(rank)]
     back = gather_heads(expected, tokens, heads, group)  # not what was received: the rank that it was wrong for says so
     return torch.equal(received, expected) and torch.equal(back, sent)

@@ -29,6 +29,7 @@ class SequenceParallelGroup:
     world: ProcessGroup | None = None
     ulysses: ProcessGroup | None = None
     ring: ProcessGroup | None = None
+    head_groups: int = 0  # in how many groups a rank's heads travel; 0: by the shape
     at_block: Callable[[], None] = field(default=_go_on, compare=False)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -31,6 +32,21 @@ class Partition:
 
     def slice(self, part: int) -> slice:
         return slice(self.starts[part], self.starts[part] + self.sizes[part])
+
+    @cached_property
+    def slices(self) -> tuple[builtins.slice, ...]:
+        return tuple(map(self.slice, range(len(self.sizes))))
+
+    def subdivided(self, count: int) -> list[tuple[builtins.slice, ...]]:
+        """Each part cut into `count`, as evenly as possible: by number of the cut, what it has of each part."""
+        cuts = [Partition.even(size, count) for size in self.sizes]
+        return [
+            tuple(
+                slice(start + cut.slice(number).start, start + cut.slice(number).stop)
+                for start, cut in zip(self.starts, cuts)
+            )
+            for number in range(count)
+        ]
 
 
 @dataclass(frozen=True)

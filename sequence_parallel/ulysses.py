@@ -2,7 +2,8 @@
 
 Every rank of a Ulysses group holds some tokens of a chunk with all heads. After `scatter_heads` it holds all tokens of
 the chunk with some heads, and can attend without its neighbours; `gather_heads` is the way back. Neither tokens nor
-heads need divide: all sizes are known on every rank, so uneven parts travel as they are.
+heads need divide: all sizes are known on every rank, so uneven parts travel as they are. Both also take some of each
+rank's heads, so that these travel while others are attended to.
 
 Letters in shapes: B batch, n tokens of this rank, N tokens of the chunk, H heads, h heads of this rank, E head width.
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
@@ -11,9 +12,9 @@ Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -37,23 +38,25 @@ class PendingExchange:
         return self.received.transpose(0, 1)
 
 
-def start_scatter_heads(x_local: Tensor, tokens: Partition, heads: Partition, group: ProcessGroup) -> PendingExchange:
-    """Start to trade this rank's tokens of all heads for all tokens of this rank's heads.
+def start_scatter_heads(
+    x_local: Tensor, tokens: Partition, heads: Sequence[slice], group: ProcessGroup
+) -> PendingExchange:
+    """Start to trade this rank's tokens of some heads of every rank for all tokens of this rank's.
 
     x_local: (B, n, H, E), any dtype that the backend carries.
-    tokens, heads: the parts of the chunk's tokens and of the heads, one for each rank of `group`.
+    tokens: the parts of the chunk's tokens. heads: which heads go to each rank of `group`.
     Collective: every rank in `group` must call it, in the same order among its other collectives.
     """
     B, n, H, E = x_local.shape
-    rank = dist.get_rank(group)
-    assert n == tokens.sizes[rank] and heads.total == H, (x_local.shape, tokens, heads, rank)
+    rank, sizes = dist.get_rank(group), _sizes(heads)
+    assert n == tokens.sizes[rank] and heads[-1].stop <= H, (x_local.shape, tokens, heads, rank)
     # Tokens come first in the messages, so that what arrives from several ranks is one tensor without another copy.
     rows = x_local.transpose(0, 1)
-    sent = x_local.new_empty(rows.numel())
-    parts = [n * B * size * E for size in heads.sizes]
-    for to, part in enumerate(sent.split(parts)):
-        part.view(n, B, heads.sizes[to], E).copy_(rows[:, :, heads.slice(to)])
-    h = heads.sizes[rank]
+    parts = [n * B * size * E for size in sizes]
+    sent = x_local.new_empty(sum(parts))
+    for part, size, some in zip(sent.split(parts), sizes, heads):
+        part.view(n, B, size, E).copy_(rows[:, :, some])
+    h = sizes[rank]
     received = x_local.new_empty(tokens.total, B, h, E)
     work = dist.all_to_all_single(
         received.view(-1),
@@ -66,27 +69,67 @@ def start_scatter_heads(x_local: Tensor, tokens: Partition, heads: Partition, gr
     return PendingExchange(work, sent, received)
 
 
+@dataclass
+class PendingGather:
+    """The way back, under way. `put_into` may be called once."""
+
+    work: dist.Work | None
+    sent: Tensor | None
+    received: Tensor
+    heads: Sequence[slice]
+
+    def put_into(self, out: Tensor) -> None:
+        """Wait, and put the heads into their places. out: (n, B, H, E)."""
+        assert self.work is not None, "waited for already"
+        self.work.wait()
+        self.work = self.sent = None  # which hold memory
+        n, B, _, E = out.shape
+        sizes = _sizes(self.heads)
+        for part, size, some in zip(self.received.split([n * B * size * E for size in sizes]), sizes, self.heads):
+            out[:, :, some] = part.view(n, B, size, E)
+
+
+def start_gather_heads(x: Tensor, tokens: Partition, heads: Sequence[slice], group: ProcessGroup) -> PendingGather:
+    """Start to trade all tokens of this rank's heads for this rank's tokens of every rank's.
+
+    x: (B, N, h, E), of the heads that `heads` has for this rank. Otherwise as `start_scatter_heads`.
+    """
+    B, N, h, E = x.shape
+    rank = dist.get_rank(group)
+    sent = x.transpose(0, 1).contiguous().view(-1)
+    parts = [tokens.sizes[rank] * B * size * E for size in _sizes(heads)]
+    received = x.new_empty(sum(parts))
+    work = dist.all_to_all_single(
+        received,
+        sent,
+        output_split_sizes=parts,
+        input_split_sizes=[size * B * h * E for size in tokens.sizes],
+        group=group,
+        async_op=True,
+    )
+    return PendingGather(work, sent, received, heads)
+
+
+def gathered_heads(pending: Sequence[PendingGather], like: Tensor, num_tokens: int, num_heads: int) -> Tensor:
+    """(B, n, H, E) of all that is under way. like: a tensor of the batch, head width, dtype and device."""
+    out = like.new_empty(num_tokens, like.shape[0], num_heads, like.shape[-1])
+    for each in pending:
+        each.put_into(out)
+    return out.transpose(0, 1)
+
+
 def gather_heads(x: Tensor, tokens: Partition, heads: Partition, group: ProcessGroup) -> Tensor:
     """Trade all tokens of this rank's heads for this rank's tokens of all heads.
 
     x: (B, N, h, E). Returns (B, n, H, E), same dtype and device.
     Collective, as `start_scatter_heads`.
     """
-    B, N, h, E = x.shape
-    rank = dist.get_rank(group)
-    n = tokens.sizes[rank]
-    sent = x.transpose(0, 1).contiguous().view(-1)
-    parts = [n * B * size * E for size in heads.sizes]
-    received = x.new_empty(sum(parts))
-    dist.all_to_all_single(
-        received,
-        sent,
-        output_split_sizes=parts,
-        input_split_sizes=[size * B * h * E for size in tokens.sizes],
-        group=group,
-    )
-    by_rank = [part.view(n, B, size, E) for part, size in zip(received.split(parts), heads.sizes)]
-    return torch.cat(by_rank, dim=2).transpose(0, 1)
+    pending = start_gather_heads(x, tokens, heads.slices, group)
+    return gathered_heads([pending], x, tokens.sizes[dist.get_rank(group)], heads.total)
+
+
+def _sizes(heads: Sequence[slice]) -> list[int]:
+    return [some.stop - some.start for some in heads]
 
 
 def gather_tokens(x_local: Tensor, tokens: Partition, group: ProcessGroup | None, to_rank: int = 0) -> Tensor | None:

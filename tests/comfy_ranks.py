@@ -1,6 +1,7 @@
 """What the ranks of the tests against ComfyUI run. In a module of its own: the ranks import it by name."""
 
 import contextlib
+import dataclasses
 from unittest import mock
 
 import torch
@@ -370,3 +371,86 @@ def nvfp4_answers(path, degrees):
 
 def _plain(tensor):
     return tensor.dequantize() if hasattr(tensor, "dequantize") and hasattr(tensor, "_params") else tensor
+
+
+def projected_answers(path, version, degrees):
+    """By case: whether video self-attention that is sent part by part gives the bits of the plain path, and how often it ran.
+
+    As (bits are equal with one group of heads, with two, calls of each).
+    """
+    from comfy_models import CONFIGS, model_class, set_up_comfyui
+
+    set_up_comfyui(path)
+    from rayltx.comfy_dist import self_test
+    from rayltx.diffusion_models.lightricks import comfyui_host
+
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    model = self_test.tiny_model(model_class(version), CONFIGS[version], torch.device("cpu"))
+    calls = []
+
+    def counting(*args):
+        calls.append(1)
+        return projecting(*args)
+
+    projecting = comfyui_host.attend_while_projecting
+    answers = {}
+    with torch.inference_mode(), mock.patch.object(comfyui_host, "attend_while_projecting", counting):
+        for case in self_test.cases_for(model):
+            with mock.patch.object(comfyui_host, "is_known", lambda module: False):
+                plain = _in_groups(self_test, model, case, group, 1)
+            assert not calls
+            equal = []
+            for groups in (1, 2):
+                shared = _in_groups(self_test, model, case, group, groups)
+                equal.append(all(map(torch.equal, shared, plain)))
+            answers[case.name] = (*equal, len(calls))
+            calls.clear()
+    return answers
+
+
+def _in_groups(self_test, model, case, group, groups):
+    from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+
+    shared = dataclasses.replace(group, head_groups=groups)
+    with self_test.own_attention_of(model, case), sharded(model, shared):
+        return self_test.call(model, case, torch.device("cpu"))
+
+
+def projected_calls_of_patched(path):
+    """By what was done to the model: how many of its two blocks' attentions were sent part by part."""
+    from comfy_models import CONFIGS, model_class, set_up_comfyui
+
+    set_up_comfyui(path)
+    from rayltx.comfy_dist import self_test
+    from rayltx.diffusion_models.lightricks import comfyui_host
+
+    group = SequenceParallelGroup.create(ParallelConfig(2, 1))
+    model = self_test.tiny_model(model_class("LTX-2"), CONFIGS["LTX-2"], torch.device("cpu"))
+    args, kwargs = self_test.forward_arguments(model, self_test.CASES[0], torch.device("cpu"))
+    attention = model.transformer_blocks[0].attn1
+    own = type(attention).forward
+    calls = []
+
+    def counting(*args):
+        calls.append(1)
+        return projecting(*args)
+
+    def forwards(options=None):
+        calls.clear()
+        given = {**kwargs, "transformer_options": {**kwargs.get("transformer_options", {}), **(options or {})}}
+        with torch.inference_mode(), comfyui_host.sharded(model, group):
+            self_test.answer(model, args, given)
+        return len(calls)
+
+    projecting = comfyui_host.attend_while_projecting
+    counts = {}
+    with mock.patch.object(comfyui_host, "attend_while_projecting", counting):
+        counts["nothing"] = forwards()
+        counts["an override"] = forwards({"optimized_attention_override": lambda kernel, *a, **k: kernel(*a, **k)})
+        attention.forward = lambda *a, **k: own(attention, *a, **k)
+        counts["a forward of one module"] = forwards()
+        del attention.forward
+        with mock.patch.object(type(attention), "forward", lambda self, *a, **k: own(self, *a, **k)):
+            counts["a forward of the class"] = forwards()
+        counts["nothing any more"] = forwards()
+    return counts

@@ -28,6 +28,12 @@ from torch.distributed import ProcessGroup
 from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
 from rayltx.diffusion_models.lightricks.guide_masks import self_attention_mask_of
 from rayltx.diffusion_models.lightricks.input_scales import agreed_input_scales
+from rayltx.diffusion_models.lightricks.projected_exchange import (
+    SKIPPED,
+    attend_while_projecting,
+    is_known,
+    kernel_of,
+)
 from rayltx.diffusion_models.lightricks.roles import AttentionRole
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
@@ -84,6 +90,9 @@ def sharded(
                     continue
                 tag = _tag_preferred if name in gathered else functools.partial(_tag_role, role)
                 scope.callback(attention.register_forward_pre_hook(tag, with_kwargs=True).remove)
+                if role is AttentionRole.VIDEO_SELF and name not in gathered and is_known(attention):
+                    projecting = functools.partial(forward.project_and_attend, attention, attention.forward)
+                    scope.enter_context(replaced(attention, "forward", projecting))
         in_step = scope.enter_context(agreed_input_scales(diffusion_model, group))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
         if feed_forward_chunks != 1 and not in_step:  # ranks' tokens may fall into different numbers of chunks
@@ -138,6 +147,7 @@ class _ShardedForward:
     def __init__(self, group: SequenceParallelGroup) -> None:
         self._group = group
         self._sequence: ShardedSequence | None = None
+        self._override: Callable[..., Tensor] | None = None  # this one's, where there was none before
 
     def wrappers(self) -> dict[str, Callable[..., Any]]:
         """By the name of ComfyUI's method."""
@@ -211,7 +221,9 @@ class _ShardedForward:
     ) -> Any:
         """Bring the exchange into the blocks' attention."""
         options = dict(transformer_options or {})
-        options[OVERRIDE] = functools.partial(self.attend, options.get(OVERRIDE))
+        before = options.get(OVERRIDE)
+        options[OVERRIDE] = functools.partial(self.attend, before)
+        self._override = options[OVERRIDE] if before is None else None
         return original(*args, transformer_options=options, **kwargs)
 
     def attend(
@@ -230,32 +242,49 @@ class _ShardedForward:
         q, k, v: (B, tokens, H E). Returns (B, queries, H E).
         """
 
-        def local(query: Tensor, key: Tensor, value: Tensor, mask_piece: Tensor | None) -> Tensor:
-            flat = [x.flatten(2) for x in (query, key, value)]
-            extra = {**kwargs, "transformer_options": plain_options}
-            if mask_piece is not None and isinstance(own_mask, GroupedMask):
-                extra["low_precision_attention"] = False  # as ComfyUI calls it for guides
-            return run(*flat, query.shape[2], mask=mask_piece, **extra).unflatten(2, query.shape[2:])
-
         options = kwargs.get("transformer_options") or {}
         role = options.get(ROLE)
         own_mask: SelfAttentionMask | None = options.get(MASK)
         # As ComfyUI has it: an override goes before what a layer asks for, and that before the choice for all.
         preferred = options.get(PREFERRED) if chained is None else None
         run = preferred or (kernel if chained is None else functools.partial(chained, kernel))
-        plain_options = {key: value for key, value in options.items() if key not in (OVERRIDE, ROLE, MASK, PREFERRED)}
-        if chained is not None:
-            plain_options[OVERRIDE] = chained
         if role is None:  # attention of something that a patch brought in
             return run(q, k, v, heads, mask=mask, **kwargs)
+        plain = {**kwargs, "transformer_options": _plain(options, chained)}
+        local = functools.partial(_local, run, plain, own_mask)
         query, key, value = (x.unflatten(2, (heads, x.shape[2] // heads)) for x in (q, k, v))
         sequence = self.sequence
         if role is AttentionRole.VIDEO_SELF:
             sequence = ShardedSequence(sequence.group, sequence.partition, own_mask)
         # Another pack's override can be anything: it is shown whole attentions, not parts to be merged.
-        mergeable = chained is None and preferred is None
+        is_plain = chained is None and preferred is None
         together = not keeps_queries_apart(preferred)
-        return sequence.attend(role, query, key, value, local, mask, mergeable, together).flatten(2)
+        out = sequence.attend(
+            role, query, key, value, local, mask, mergeable=is_plain, queries_together=together, in_groups=is_plain
+        )
+        return out.flatten(2)
+
+    def project_and_attend(
+        self,
+        attention: Any,
+        original: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        pe: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The forward of video self-attention's module, which is known. original: ComfyUI's, for what is not written here."""
+        options = transformer_options or {}
+        rest = [*args, *(value for value in kwargs.values() if value is not None)]
+        is_ours = self._override is not None and options.get(OVERRIDE) is self._override
+        if rest or not is_ours or options.get(SKIPPED) or self.sequence.group.ulysses is None:
+            return original(x, *args, pe=pe, transformer_options=transformer_options, **kwargs)
+        own_mask: SelfAttentionMask | None = options[MASK]
+        plain = {"attn_precision": attention.attn_precision, "transformer_options": _plain(options, None)}
+        local = functools.partial(_local, kernel_of(attention), plain, own_mask)
+        sequence = ShardedSequence(self.sequence.group, self.sequence.partition, own_mask)
+        return attend_while_projecting(attention, sequence, x, pe, local)
 
     def on_all_tokens(
         self, original: Callable[..., Tensor], module_name: str, x: Tensor, *args: Any, **kwargs: Any
@@ -277,6 +306,28 @@ class _ShardedForward:
         if whole is None:
             whole = output.new_zeros(1).expand(output.shape[0], self.sequence.partition.num_tokens, output.shape[2])
         return whole
+
+
+def _plain(options: dict[str, Any], chained: Callable[..., Tensor] | None) -> dict[str, Any]:
+    """The transformer options without what the seam has put there."""
+    plain = {key: value for key, value in options.items() if key not in (OVERRIDE, ROLE, MASK, PREFERRED)}
+    return plain if chained is None else {**plain, OVERRIDE: chained}
+
+
+def _local(
+    run: Callable[..., Tensor],
+    arguments: dict[str, Any],
+    own_mask: SelfAttentionMask | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_piece: Tensor | None,
+) -> Tensor:
+    """ComfyUI's kernel, as the exchange calls it. query, key, value: (B, tokens, H, E)."""
+    flat = [x.flatten(2) for x in (query, key, value)]
+    if mask_piece is not None and isinstance(own_mask, GroupedMask):
+        arguments = {**arguments, "low_precision_attention": False}  # as ComfyUI calls it for guides
+    return run(*flat, query.shape[2], mask=mask_piece, **arguments).unflatten(2, query.shape[2:])
 
 
 def _gather_rows(num_local: int, tokens: Partition, world: ProcessGroup, value: Any) -> Any:

@@ -265,11 +265,11 @@ class _VideoProcessor:
         """(B, tokens, H, E)"""
         if self._role is AttentionRole.VIDEO_SELF:
             sequence = self._host.sequence
-            exchange = sequence.self_exchange(attn.heads)
-            value = exchange.send(_heads(attn, attn.to_v(context)))
-            query = exchange.send(_heads(attn, _rotate(attn, attn.norm_q(attn.to_q(x)), query_rotary)))
-            key = exchange.send(_heads(attn, _rotate(attn, attn.norm_k(attn.to_k(context)), key_rotary)))
-            return exchange.attend(query, key, value, _dispatch, mask=sequence.self_attention_mask)
+            exchange = sequence.self_exchange(attn.heads, x.shape[0])
+            sent_value = exchange.send(_heads(attn, attn.to_v(context)))
+            sent_query = exchange.send(_heads(attn, _rotate(attn, attn.norm_q(attn.to_q(x)), query_rotary)))
+            sent_key = exchange.send(_heads(attn, _rotate(attn, attn.norm_k(attn.to_k(context)), key_rotary)))
+            return exchange.attend(sent_query, sent_key, sent_value, _dispatch, mask=sequence.self_attention_mask)
         query = _heads(attn, _rotate(attn, attn.norm_q(attn.to_q(x)), query_rotary))
         key = _heads(attn, _rotate(attn, attn.norm_k(attn.to_k(context)), key_rotary))
         value = _heads(attn, attn.to_v(context))

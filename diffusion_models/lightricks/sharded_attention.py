@@ -44,9 +44,9 @@ class ShardedSequence:
     def num_local(self) -> int:
         return self.local.stop - self.local.start
 
-    def self_exchange(self, num_heads: int) -> SelfAttentionExchange:
+    def self_exchange(self, num_heads: int, batch: int, in_groups: bool = True) -> SelfAttentionExchange:
         """For video self-attention: the one exchange whose bytes cannot be avoided."""
-        return SelfAttentionExchange(self.group, self.partition, num_heads)
+        return SelfAttentionExchange(self.group, self.partition, num_heads, batch, in_groups)
 
     def attend(
         self,
@@ -58,6 +58,7 @@ class ShardedSequence:
         mask: Tensor | None = None,
         mergeable: bool = True,
         queries_together: bool = False,
+        in_groups: bool = True,
     ) -> Tensor:
         """Any attention of a block, from what this rank holds.
 
@@ -66,12 +67,13 @@ class ShardedSequence:
         self-attention takes the sequence's mask instead.
         mergeable: False if `attend` is more than plain attention, so that parts of it cannot be merged. Then keys are
         gathered where parts would have been.
+        in_groups: False if `attend` has to be shown all heads of this rank at once.
         queries_together: `attend` has to be shown all queries of a self-attention, since one's answer depends on the others.
         Returns (B, queries, H, E). Collective for VIDEO_SELF and VIDEO_TO_AUDIO.
         """
         if role is AttentionRole.VIDEO_SELF:
             assert mask is None, "the mask of video self-attention belongs to the sequence"
-            exchange = self.self_exchange(query.shape[2])
+            exchange = self.self_exchange(query.shape[2], query.shape[0], in_groups)
             sent_value, sent_query, sent_key = exchange.send(value), exchange.send(query), exchange.send(key)
             return exchange.attend(
                 sent_query, sent_key, sent_value, attend,

@@ -3,7 +3,15 @@
 import pytest
 from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS
-from comfy_ranks import audio_of_every_rank, layer_traffic, nvfp4_answers, seam_errors, tables_of_the_video
+from comfy_ranks import (
+    audio_of_every_rank,
+    layer_traffic,
+    nvfp4_answers,
+    projected_answers,
+    projected_calls_of_patched,
+    seam_errors,
+    tables_of_the_video,
+)
 
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
 
@@ -85,3 +93,30 @@ def test_no_rank_has_tables_of_full_length(comfy, ranks, version, case):
     for tokens, rotary, modulation in on_ranks:
         assert rotary * whole_tokens == whole_rotary * tokens
         assert modulation < whole_modulation or case == "text to video"  # which has one row
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("version", ["LTX-Video", "LTX-2.3"])
+def test_attention_that_is_sent_part_by_part_gives_the_same_bits(comfy, ranks, version, degrees):
+    """In one group of heads and in two; and it is used: by each of two blocks, twice, but where values pass through."""
+    answers = ranks.run(degrees[0] * degrees[1], projected_answers, str(find_comfyui()), version, degrees)
+    for of_rank in answers:
+        assert all(first and second for first, second, _ in of_rank.values()), of_rank
+        for case, (_, _, calls) in of_rank.items():
+            if case not in (
+                "spatio-temporal guidance",
+                "attention of the layers' own",
+                "guide and attention of the layers' own",
+            ):
+                assert calls == 4, (case, calls)
+
+
+def test_what_others_have_changed_is_not_sent_part_by_part(comfy, ranks):
+    counts = ranks.run(2, projected_calls_of_patched, str(find_comfyui()))[0]
+    assert counts == {
+        "nothing": 2,
+        "an override": 0,
+        "a forward of one module": 1,
+        "a forward of the class": 0,
+        "nothing any more": 2,
+    }

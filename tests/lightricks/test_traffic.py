@@ -1,5 +1,7 @@
 """Bytes and collectives of a layer, counted at the collective calls, against the least that Ulysses can move."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
+from rayltx.sequence_parallel.self_attention import head_groups
 
 from traffic import counted
 
@@ -22,9 +25,12 @@ SHAPE = LatentShape.from_pixels(1280, 704, 121)
 AUDIO_TOKENS = 126
 
 
-def layer_traffic(world_size):
-    """One LTX-2 layer's six attentions at full size on this rank. The kernel's arithmetic is left out, not its shapes."""
-    group = SequenceParallelGroup.create(ParallelConfig(world_size, 1))
+def layer_traffic(world_size, groups):
+    """One LTX-2 layer's six attentions at full size on this rank. The kernel's arithmetic is left out, not its shapes.
+
+    groups: of heads; 0: by the shape.
+    """
+    group = dataclasses.replace(SequenceParallelGroup.create(ParallelConfig(world_size, 1)), head_groups=groups)
     sequence = ShardedSequence.even(group, SHAPE.num_tokens)
 
     def tensor(tokens, width):
@@ -53,12 +59,16 @@ def test_a_layer_moves_at_most_1_05_times_the_minimum(ranks, world_size):
     # Query, key, value and output, each an n x D bf16 tensor of which (W - 1) / W comes from elsewhere.
     local = SHAPE.num_tokens / world_size
     minimum = 4 * local * HEADS * VIDEO_WIDTH * 2 * (world_size - 1) / world_size
-    for received, collectives in ranks.run(world_size, layer_traffic, world_size):
-        print(
-            f"W={world_size}: {received / 2**20:.1f} MiB, {received / minimum:.3f} of the minimum, {collectives} collectives"
-        )
-        assert received <= 1.05 * minimum
-        assert collectives <= 5
+    by_shape = head_groups(SHAPE.num_tokens, 1, HEADS // world_size)
+    assert by_shape > 1
+    for groups in (1, 0):
+        for received, collectives in ranks.run(world_size, layer_traffic, world_size, groups):
+            print(
+                f"W={world_size}: {received / 2**20:.1f} MiB, {received / minimum:.3f} of the minimum, {collectives} "
+                f"collectives in {groups or by_shape} groups"
+            )
+            assert received <= 1.05 * minimum
+            assert collectives <= 4 * (groups or by_shape) + 1
 
 
 def model_traffic(path, layers):

@@ -1,5 +1,6 @@
 """The exchange alone, against attention computed whole in float64."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,7 +12,7 @@ from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.local_attention import torch_attention
 from rayltx.sequence_parallel.masks import DenseMask, GroupedMask
 from rayltx.sequence_parallel.partition import ParallelConfig, Partition, TokenPartition
-from rayltx.sequence_parallel.self_attention import SelfAttentionExchange
+from rayltx.sequence_parallel.self_attention import SelfAttentionExchange, head_groups
 from rayltx.sequence_parallel.sharded_keys import attention_over_sharded_keys
 from rayltx.sequence_parallel.ulysses import gather_heads, gather_tokens, start_scatter_heads
 
@@ -117,6 +118,44 @@ def test_ranks_without_tokens_or_heads_take_part(ranks, degrees, tokens, heads):
     assert relative_error(torch.from_numpy(out), reference) < 5e-7
 
 
+def shard_in_groups(degrees, tokens, heads, mask_kind):
+    """The answer to attention by numbers of groups, by number."""
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    partition = TokenPartition.even(tokens, group.config)
+    q, k, v = (x[:, partition.local(group.rank)] for x in qkv(2, tokens, heads, 8, torch.float32))
+    mask = {
+        None: None,
+        "dense": DenseMask(dense_mask(tokens, heads, torch.float32)),
+        "grouped": grouped_mask(tokens, torch.float32)[0],
+    }
+    answers = {}
+    for count in (1, 2, 3, 16):
+        exchange = SelfAttentionExchange(dataclasses.replace(group, head_groups=count), partition, heads, 2)
+        value, query, key = exchange.send(v), exchange.send(q), exchange.send(k)
+        groups = len(value.groups)
+        answers[count, groups] = exchange.attend(query, key, value, torch_attention, mask=mask[mask_kind])
+    return {key: answer.numpy() for key, answer in answers.items()}
+
+
+@pytest.mark.parametrize("mask_kind", [None, "dense", "grouped"])
+@pytest.mark.parametrize("degrees, most", [((2, 1), 5), ((3, 1), 3), ((4, 1), 2), ((2, 2), 1)])
+def test_heads_in_groups_give_the_same_bits(ranks, degrees, most, mask_kind):
+    """11 heads: of three ranks one has one less than the others. With a ring there is one group."""
+    for answers in ranks.run(degrees[0] * degrees[1], shard_in_groups, degrees, 29, 11, mask_kind):
+        assert set(answers) == {(count, min(count, most)) for count in (1, 2, 3, 16)}
+        whole = answers[1, 1]
+        assert all((answer == whole).all() for answer in answers.values())
+
+
+def test_groups_fill_a_device():
+    """A hundred and twenty-eight blocks of 128 queries at least, and never more groups than heads, or four."""
+    assert head_groups(14080, 1, 16) == 4  # LTX-2 at 121 frames, two ranks
+    assert head_groups(14080, 1, 4) == 3
+    assert head_groups(4992, 1, 4) == 1
+    assert head_groups(230520, 1, 3) == 3
+    assert head_groups(60, 1, 16) == head_groups(0, 1, 16) == head_groups(14080, 1, 0) == 1
+
+
 def of_all_queries(query, key, value, mask=None):
     """A kernel whose answer to one query depends on the others."""
     return torch_attention(query - query.mean(1, keepdim=True), key, value, mask)
@@ -151,7 +190,7 @@ def scatter_and_gather(tokens, heads):
     parts, by_head = Partition.even(tokens, 3), Partition.even(heads, 3)
     x = torch.arange(2 * tokens * heads * 2).view(2, tokens, heads, 2)
     mine = x[:, parts.slice(group.rank)]
-    scattered = start_scatter_heads(mine, parts, by_head, group.ulysses).wait()
+    scattered = start_scatter_heads(mine, parts, by_head.slices, group.ulysses).wait()
     back = gather_heads(scattered, parts, by_head, group.ulysses)
     return bool((scattered == x[:, :, by_head.slice(group.rank)]).all()), bool((back == mine).all())
 
