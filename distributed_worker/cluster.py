@@ -166,4 +166,4 @@ class Cluster:
 
     def memory(self) -> list[int]:
         """Each worker's share of physical memory in bytes (PSS)."""
-        return list(self.group.run_on(self.group.all_ranks, ask(Worker.memory), "measuring memory").values())
+        return list(self.group.run_whole(ask(Worker.memory), "measuring memory").values())

@@ -167,6 +167,15 @@ class RankGroup:
         """`run` with the same call for some ranks."""
         return self.run(dict.fromkeys(ranks, call), what)
 
+    def run_whole(self, call: Call[Worker, _Result], what: str) -> dict[int, _Result]:
+        """`run` with the same call for all ranks, which are mended first; again after a failure of theirs."""
+
+        def work() -> dict[int, _Result]:
+            self.ensure_whole()
+            return self.run_on(self.all_ranks, call, what)
+
+        return self.repeated(work, what)
+
     @contextlib.contextmanager
     def polling(self, poll: Callable[[], None] | None) -> Iterator[None]:
         """Within the `with`, whatever is waited for can be ended by what this raises; it is called about ten times a second.
@@ -373,7 +382,7 @@ class RankGroup:
         """Replace workers that died or do not answer, give the new ones the models, and form the group anew."""
         started = time.monotonic()
         config, self._config = self._config, None
-        restarted = not self._driver.is_running or self._ray_hangs
+        restarted = not self._driver.is_running or self._ray_hangs or (self._start_failed and not self._driver.has_room)
         if restarted:
             self._driver.restart()
         gone = list(self.all_ranks) if restarted else self._gone()

@@ -84,10 +84,17 @@ class RemoteModel:
             self.release_unless_busy()
 
     def release(self) -> None:
-        """Let the workers forget the model. Its memory is free when this returns."""
-        if not self._forgotten and not self._group.is_broken:
-            self._group.run_on(self._group.all_ranks, ask(Worker.release, self.model_id), "releasing a model")
-        self.forget()
+        """Let the workers forget the model. Its memory is free when this returns.
+
+        One that fails in it, or is gone, is found by the next call; it holds the model no more.
+        """
+        try:
+            if not self._forgotten and not self._group.is_broken:
+                self._group.run_on(self._group.all_ranks, ask(Worker.release, self.model_id), "releasing a model")
+        except ClusterError as error:
+            logger.warning("%s", first_line(error))
+        finally:
+            self.forget()
 
     def release_unless_busy(self) -> None:
         """Release from another thread. Nothing is waited for, and a cluster that is gone has nothing to release."""
@@ -181,7 +188,7 @@ class RemoteModel:
 
     def digest(self) -> dict[int, str]:
         """SHA-256 of the parameters that each worker sees, by rank."""
-        return self._group.run_on(self._group.all_ranks, ask(Worker.digest, self.model_id), "hashing")
+        return self._run(ask(Worker.digest, self.model_id), "hashing", self._group.all_ranks)
 
     def _run(
         self, call: Call[Worker, _Result], what: str, ranks: Sequence[int], timeout_s: float | None = None

@@ -4,7 +4,8 @@
 
 Two CPU ranks run steps of some seconds on a small model. A fault comes in the middle of one; the step's answer is then compared,
 bit by bit, with an undisturbed one, and the next step's too. "Lost" is what the step took more than an undisturbed one. "Left"
-counts processes and folders of the Ray that was lost. Some ten minutes.
+counts processes and folders of the Ray that was lost. `fault_cases.py` has the faults that need more than signals. Some twenty
+minutes.
 """
 
 from __future__ import annotations
@@ -13,70 +14,30 @@ import argparse
 import contextlib
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import torch
+from fault_subject import ROOT, SHORT, TESTS, TWO, WITHIN_S, Bench, NotTriedHere, Subject, TinyModel, Tried, row_of
 from page_tables import row, write_table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "importable"))
+# isort: split
 
-import psutil  # noqa: E402
-import torch  # noqa: E402
+from fault_cases import CASES
 
-from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint  # noqa: E402
-from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel  # noqa: E402
-from rayltx.diffusion_models.lightricks.exactness import Case  # noqa: E402
-from rayltx.diffusion_models.lightricks.latent_shape import LatentShape  # noqa: E402
-from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint  # noqa: E402
-from rayltx.distributed_worker.cluster import Cluster  # noqa: E402
-from rayltx.distributed_worker.driver.processes import processes_of  # noqa: E402
-from rayltx.distributed_worker.remote_model import RemoteModel  # noqa: E402
-from rayltx.distributed_worker.request import ClusterRequest  # noqa: E402
-from rayltx.sequence_parallel.partition import ParallelConfig  # noqa: E402
-
-TWO = ParallelConfig(2, 1)
-SHAPE = LatentShape(16, 32, 32)  # 16384 tokens: seconds a step
-WITHIN_S = 10.0  # of the end of a process, in which nothing of it may be left
+from rayltx.diffusion_models.lightricks.exactness import Case
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.driver.processes import processes_of
+from rayltx.distributed_worker.request import ClusterRequest
 
 
 class Cancelled(Exception):
     pass
-
-
-@dataclass
-class Subject:
-    """What faults are done to."""
-
-    cluster: Cluster
-    remote: RemoteModel
-    inputs: dict
-    usual_s: float = 0.0  # of a step
-
-    def step(self, fault: Callable[[], None] | None = None) -> tuple[torch.Tensor, float]:
-        """The answer and the seconds of a step, in whose middle something happens."""
-        started, done = time.monotonic(), []
-
-        def poll() -> None:
-            if fault is not None and not done and time.monotonic() - started > 0.4 * self.usual_s:
-                done.append(True)
-                fault()
-
-        answer = self.remote.forward(self.inputs, TWO, poll=poll)
-        assert fault is None or done, "the step was faster than the fault"
-        return answer["video"], time.monotonic() - started
-
-    def rank(self, number: int) -> int:
-        return self.cluster.workers()[number].pid
-
-    def process(self, name: str) -> int:
-        return next(process.pid for process in processes_of(self.cluster.driver.session) if name in process.name())
 
 
 def kill(find: Callable[[Subject], list[int]], number: int = signal.SIGKILL) -> Callable[[Subject], Callable[[], None]]:
@@ -104,30 +65,29 @@ FAULTS = {
     "SIGKILL of the GCS": kill(lambda subject: [subject.process("gcs_server")]),
     "SIGKILL of Ray's driver (the courier)": kill(lambda subject: [subject.cluster.driver.session]),
 }
+_CANCEL = "a cancel in a step, the next at once"
 
 
 def fault_rows(subject: Subject, times: int, only: str) -> list[str]:
-    reference, usual = subject.step()
-    usual = subject.usual_s = statistics.median([usual, *(subject.step()[1] for _ in range(2))])
-    print(f"a step takes {usual:.1f} s", file=sys.stderr, flush=True)
+    reference = subject.measure()
+    print(f"a step takes {subject.usual_s:.1f} s", file=sys.stderr, flush=True)
     rows = []
     for name, prepare in FAULTS.items():
-        if only and only not in name:
-            continue
-        survived, lost, left, alike = 0, [], 0, 0
-        for _ in range(times):
-            session, folder = subject.cluster.driver.session, subject.cluster.driver.folder
-            answer, seconds = subject.step(prepare(subject))
-            survived += torch.equal(answer, reference)
-            lost.append(seconds - usual)
-            if subject.cluster.driver.session != session:
-                left += len(processes_of(session)) + folder.exists()
-            alike += torch.equal(subject.step()[0], reference)
-        rows.append(row(name, times, f"{survived}", f"{statistics.median(lost):.0f} s", str(left), f"{alike} equal"))
-        print(rows[-1], file=sys.stderr, flush=True)
-    if not only or only in "cancel":
+        if only in name:
+            rows.append(row_of(name, [_fault(subject, prepare, reference) for _ in range(times)]))
+            print(rows[-1], file=sys.stderr, flush=True)
+    if only in _CANCEL:
         rows.append(_cancels(subject, reference))
     return rows
+
+
+def _fault(subject: Subject, prepare: Callable[[Subject], Callable[[], None]], reference: torch.Tensor) -> Tried:
+    session, folder = subject.cluster.driver.session, subject.cluster.driver.folder
+    answer, seconds = subject.step(prepare(subject))
+    restarted = subject.cluster.driver.session != session
+    left = len(processes_of(session)) + folder.exists() if restarted else 0
+    again = torch.equal(subject.step()[0], reference)
+    return Tried(torch.equal(answer, reference), again, seconds - subject.usual_s, left)
 
 
 def _cancels(subject: Subject, reference: torch.Tensor, times: int = 20) -> str:
@@ -148,7 +108,7 @@ def _cancels(subject: Subject, reference: torch.Tensor, times: int = 20) -> str:
         alike += torch.equal(answer, reference)
     kept = "nobody replaced" if pids == [subject.rank(0), subject.rank(1)] else "workers replaced"
     return row(
-        f"a cancel in a step, the next at once ({kept})", times, "-", f"{max(0.0, max(waited)):.1f} s at most", "-",
+        f"{_CANCEL} ({kept})", times, "-", f"{max(0.0, max(waited)):.1f} s at most", "-",
         f"{alike} equal",
     )  # fmt: skip
 
@@ -168,7 +128,7 @@ def end_rows(times: int, only: str) -> list[str]:
     """Of the process that has started the workers, which is ComfyUI's."""
     rows = []
     for name, number in {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "an exit": 0}.items():
-        if only and only not in f"{name} of ComfyUI's process":
+        if only not in f"{name} of ComfyUI's process":
             continue
         left = 0
         for _ in range(times):
@@ -189,7 +149,7 @@ def end_rows(times: int, only: str) -> list[str]:
 
 def memory_row(subject: Subject, runs: int = 50) -> str:
     """Many runs: what the processes hold at the end against the tenth, and whether all answers are those of the first."""
-    subject.inputs = Case("run", shape=LatentShape(8, 16, 16)).inputs(subject.remote.source.spec)
+    subject.inputs = Case("run", shape=SHORT).inputs(subject.remote.source.spec)
     reference, equal, held = subject.step()[0], 1, []
     for number in range(2, runs + 1):
         equal += torch.equal(subject.step()[0], reference)
@@ -208,23 +168,41 @@ def _held(subject: Subject) -> tuple[int, int, int]:
     )
 
 
+def case_rows(folder: Path, times: int, only: str) -> list[str]:
+    """Of `fault_cases.py`."""
+    names = [name for name in CASES if only in name]
+    if not names:
+        return []
+    bench, rows = Bench(folder), []
+    for name in names:
+        try:
+            rows.append(row_of(name, [CASES[name](bench) for _ in range(times)]))
+        except NotTriedHere as reason:
+            rows.append(row(f"{name} (not tried here: {reason})", 0, "-", "-", "-", "-"))
+        print(rows[-1], file=sys.stderr, flush=True)
+    bench.close()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--only", default="")
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
+    times, only = arguments.times, arguments.only
+    os.environ["PYTHONPATH"] = str(TESTS)  # for the workers, whose hosts and fault points are the tests'
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        save_tiny_checkpoint(path, "LTX-Video")
-        checkpoint = open_checkpoint(path)
-        model = DiffusersModel.of_checkpoint(checkpoint)
-        with Cluster.start(ClusterRequest(workers=2)) as cluster:
-            subject = Subject(cluster, cluster.load(checkpoint, model), Case("fault", shape=SHAPE).inputs(model))
-            rows = fault_rows(subject, arguments.times, arguments.only)
-            if not arguments.only:
-                rows.append(memory_row(subject))
-        rows += end_rows(arguments.times, arguments.only)
+        if any(only in name for name in (*FAULTS, _CANCEL)):
+            model = TinyModel.made(Path(folder) / "signals.safetensors")
+            with Cluster.start(ClusterRequest(workers=2)) as cluster:
+                subject = Subject(cluster, model.on(cluster), model.long)
+                rows += fault_rows(subject, times, only)
+                if not only:
+                    rows.append(memory_row(subject))
+        rows += case_rows(Path(folder), times, only)
+        rows += end_rows(times, only)
     head = [row("fault", "tries", "equal answer", "lost", "left behind", "next run"), "|---|---|---|---|---|---|"]
     table = [*head, *rows]
     print("\n".join(table))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
+from rayltx.distributed_worker.worker_calls import collective, individual
 from rayltx.errors import InputError
 
 
@@ -149,3 +150,26 @@ def corrupting_unless_told(payload, device):
         return work
 
     dist.all_to_all_single = damaged
+
+
+class ScalingHost(DiffusersHost):
+    """Its answers are multiplied by what it was told last."""
+
+    factor = 1.0
+
+    @individual
+    def set_factor(self, factor):
+        self.factor = factor
+
+    @collective
+    def forward(self, group, inputs):
+        answer = super().forward(group, inputs)
+        return None if answer is None else {name: self.factor * tensor for name, tensor in answer.items()}
+
+    @collective
+    def meet(self, group):
+        """How many ranks there are, as they find together."""
+        num_ranks = torch.ones(())
+        if group.world is not None:
+            dist.all_reduce(num_ranks, group=group.world)
+        return int(num_ranks) if group.rank == 0 else None

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,32 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class FileStamp:
+    """What a file was when its header was read: the offsets in it are of no other."""
+
+    machine: str
+    num_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileStamp:
+        found = os.stat(path)
+        return cls(socket.gethostname(), found.st_size, found.st_mtime_ns)
+
+    def check(self, path: str) -> None:
+        """Raises CheckpointError for another file in its place. A copy on another machine may have another time."""
+        try:
+            now = FileStamp.of(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read any more ({error.strerror})") from error
+        if now.num_bytes != self.num_bytes or (now.machine == self.machine and now.modified_ns != self.modified_ns):
+            raise CheckpointError(
+                f"{path} has changed since it was loaded: it had {self.num_bytes} bytes and has {now.num_bytes}, or was written "
+                "to; load it again"
+            )
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The transformer of a file. `tensors` is by official name without prefix, in the order of the file."""
 
@@ -68,6 +95,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     config: Mapping[str, Any] = field(default_factory=dict)  # the whole `config`; {} where the file has none
+    stamp: FileStamp | None = None  # None: nothing is known of the file
 
     @property
     def transformer_config(self) -> Mapping[str, Any]:
@@ -107,9 +135,17 @@ class Checkpoint:
     def check_values(self) -> None:
         """Raises CheckpointError for damage that shows in the weights alone. Reads what it has to of the file."""
 
+    def check_unchanged(self) -> None:
+        if self.stamp is not None:
+            self.stamp.check(self.path)
+
     @contextmanager
     def open(self) -> Iterator[CheckpointReader]:
-        """Read tensors: `with checkpoint.open() as reader: reader.read(name)`."""
+        """Read tensors: `with checkpoint.open() as reader: reader.read(name)`.
+
+        Raises CheckpointError where the file is gone, or has changed since its header was read.
+        """
+        self.check_unchanged()
         with open_safetensors(self.path) as file:
             yield CheckpointReader(self, file)
 
@@ -141,6 +177,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{path}: a pickle can run code when it is opened, so it is refused; use a .safetensors file of the model"
         )
+    stamp = FileStamp.of(path)
     try:
         with open_safetensors(path) as file:
             metadata, found = dict(file.metadata()), file.described()
@@ -153,7 +190,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             if dtype not in SAFETENSORS_DTYPES:
                 raise CheckpointError(f"{path}: tensor {name} has the dtype {dtype}, which is not known here")
             tensors[name.removeprefix(prefix)] = TensorInfo(SAFETENSORS_DTYPES[dtype], shape)
-    return Checkpoint(str(path.resolve()), prefix, tensors, metadata, read_config(path, metadata))
+    return Checkpoint(str(path.resolve()), prefix, tensors, metadata, read_config(path, metadata), stamp)
 
 
 def _looks_like_pickle(path: Path) -> bool:

@@ -28,6 +28,7 @@ from rayltx.distributed_worker.driver.package import copy_package
 from rayltx.distributed_worker.driver.processes import (
     RAYS_OWN,
     end_session,
+    has_room,
     make_folder,
     note_owner,
     remove_folder,
@@ -116,6 +117,11 @@ class RayDriver:
             while not self._run.store_bytes and self.is_running and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
         return self._run.store_bytes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether Ray can write: without it no worker starts. Another start chooses a folder anew."""
+        return has_room(self._run.folder)
 
     @property
     def address(self) -> str:

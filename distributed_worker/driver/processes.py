@@ -21,7 +21,8 @@ _OWNER = "owner.json"
 RAYS_OWN = "ray"  # the part of the folder that Ray opens to all users, which its place in ours closes
 # Ray adds a session's name and a socket's to its folder, and a socket's path has at most 107 bytes.
 _LONGEST_FOLDER = 38
-_LEAST_FREE_BYTES = 64 * 2**20
+_LEAST_FREE_BYTES = 64 * 2**20  # at its start
+_LEAST_LEFT_BYTES = 8 * 2**20  # while it runs
 _GRACE_S = 2.0
 
 
@@ -64,7 +65,8 @@ def make_folder() -> Path:
             told.append(f"{place}: Ray's sockets need a path of ASCII letters, at most {_LONGEST_FOLDER} of them")
             continue
         try:
-            if (free := shutil.disk_usage(place).free) < _LEAST_FREE_BYTES:
+            free = shutil.disk_usage(place).free
+            if free < _LEAST_FREE_BYTES:
                 told.append(f"{place}: {free / 2**20:.0f} MiB are free, Ray needs {_LEAST_FREE_BYTES / 2**20:.0f}")
                 continue
             return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
@@ -73,6 +75,11 @@ def make_folder() -> Path:
     raise DeviceError(
         f"no place for Ray's own files: {'; '.join(told)}. Set TMPDIR to a folder that is short and has room"
     )
+
+
+def has_room(folder: Path) -> bool:
+    """Whether Ray can go on writing into its folder."""
+    return folder.exists() and shutil.disk_usage(folder).free >= _LEAST_LEFT_BYTES
 
 
 def note_owner(folder: Path, session: int = 0) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rayltx.diffusion_models.lightricks.checkpoint import (
     Checkpoint,
     CheckpointReader,
+    FileStamp,
     TensorInfo,
     open_checkpoint,
     read_config,
@@ -71,6 +72,7 @@ class GGUFCheckpoint(Checkpoint):
     @contextmanager
     def open(self) -> Iterator[CheckpointReader]:
         assert self.file is not None
+        self.check_unchanged()
         with self.file.open() as reader:
             yield _GGUFReader(self, reader)
 
@@ -92,6 +94,7 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GGUFCheckpoint:
 
     Raises CheckpointError if it is missing, damaged, or not an LTX transformer.
     """
+    stamp = FileStamp.of(path) if Path(path).is_file() else None  # where there is none, the reader says so
     file, prefix = open_ltx_gguf(path)
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in file.tensors.items():
@@ -105,7 +108,7 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GGUFCheckpoint:
     # What model detection reads are texts; the rest of a GGUF file's metadata is about itself.
     metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
     config = read_config(Path(file.path), metadata)
-    return GGUFCheckpoint(file.path, prefix, tensors, metadata, config, file)
+    return GGUFCheckpoint(file.path, prefix, tensors, metadata, config, stamp, file)
 
 
 def open_model_file(path: str | os.PathLike[str]) -> Checkpoint:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from two_machines import two_machines, why_not
 
 from rayltx.about import ROOT
+
+from two_machines import two_machines, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason := why_not()), reason=reason or "it can be tried")]
 
