@@ -37,6 +37,7 @@ MIB = 2**20
 
 def full_store(bench: Bench) -> Tried:
     """More is in Ray's store than it holds when a model is loaded, and when it is loaded again for another worker."""
+    reference = bench.reference
     cluster = Cluster.start(ClusterRequest(workers=2, object_store_bytes=128 * MIB))
     cluster.workers()
     ballast = [cluster.driver.keep(np.full(32 * MIB, number, np.uint8)) for number in range(6)]
@@ -45,11 +46,11 @@ def full_store(bench: Bench) -> Tried:
     os.kill(subject.rank(1), signal.SIGKILL)
     again, seconds = subject.step()
     assert all(each.is_there for each in ballast)
-    equal = torch.equal(answer, bench.reference) and torch.equal(again, bench.reference)
+    equal = torch.equal(answer, reference) and torch.equal(again, reference)
     del ballast
     subject.remote.release()
     subject = bench.subject(cluster)
-    following = torch.equal(subject.step()[0], bench.reference)
+    following = torch.equal(subject.step()[0], reference)
     return Tried(equal, following, left=superfluous_workers(cluster))
 
 
@@ -209,6 +210,7 @@ def foreign_ray() -> Iterator[tuple[str, Callable[[], list[int]]]]:
 
 def beside_a_foreign_ray(bench: Bench) -> Tried:
     """Ours starts, works, loses its raylet and ends, while RAY_ADDRESS names another's."""
+    reference = bench.reference
     end_current()
     with foreign_ray() as (address, counts):
         os.environ["RAY_ADDRESS"] = address
@@ -220,15 +222,13 @@ def beside_a_foreign_ray(bench: Bench) -> Tried:
                 beside = counts()
                 raylet = functools.partial(os.kill, subject.process("raylet"), signal.SIGKILL)
                 after = subject.step(raylet)[0]
-                following = torch.equal(subject.step()[0], bench.reference)
+                following = torch.equal(subject.step()[0], reference)
                 session, folder = cluster.driver.session, cluster.driver.folder
             left = left_of(session, folder)
             assert alone == beside == counts() == [1, 0], "the other Ray was touched"
         finally:
             del os.environ["RAY_ADDRESS"]
-    return Tried(
-        torch.equal(answer, bench.reference) and torch.equal(after, bench.reference), following, left=left
-    )  # fmt: skip
+    return Tried(torch.equal(answer, reference) and torch.equal(after, reference), following, left=left)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from rayltx.distributed_worker.worker_calls import kind_of
 
 BEGIN, END = "begin", "end"
 RAISE, EXIT, HANG = "raise", "exit", "hang"
+HOST_CALL, HOST_CALL_TOGETHER = "Worker.call_host", "Worker.call_host_together"  # also "host." and the method's name
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,14 @@ class FaultPoints:
     def with_points(self, method: Callable, point: str) -> Callable:
         @functools.wraps(method)  # with its mark
         def run(*args, **kwargs):
-            self._at(point, BEGIN)
+            points = [point]
+            if point in (HOST_CALL, HOST_CALL_TOGETHER):
+                points.append(f"host.{args[2]}")  # after the worker and the model's id
+            for each in points:
+                self._at(each, BEGIN)
             result = method(*args, **kwargs)
-            self._at(point, END)
+            for each in points:
+                self._at(each, END)
             return result
 
         return run

@@ -1,4 +1,4 @@
-"""Some rows of the table that `scripts/faults.py` makes; all of them with -m slow."""
+"""A row of the table that `scripts/faults.py` makes; all of them with -m slow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sys.path.append(str(TESTS.parent / "scripts"))
 from fault_cases import CASES  # noqa: E402
 from fault_subject import Bench, NotTriedHere  # noqa: E402
 
-IN_SHORT = ("Ray's store is full", "/dev/shm", "a loaded file is cut; then SIGKILL of rank 1")
+IN_SHORT = ("a loaded file is cut; then SIGKILL of rank 1",)
 
 
 @pytest.fixture(scope="module")
