@@ -50,6 +50,11 @@ class ComfyHost(Host, Protocol):
         """
         ...
 
+    @individual
+    def send_as_projected(self, on: bool) -> None:
+        """Whether video self-attention sends each part as soon as it is projected, as it does at first."""
+        ...
+
     @collective
     def kernel_test(self, group: SequenceParallelGroup) -> dict[str, Difference]:
         """Compare the model's own first blocks, sharded, with themselves, as they will run. By kind of input; rank 0's count.

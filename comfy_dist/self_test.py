@@ -258,10 +258,12 @@ def answer(model: DiffusionModel, args: tuple[object, ...], kwargs: dict[str, An
     return [tensor.clone() for tensor in (out if isinstance(out, (list, tuple)) else [out])]
 
 
-def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: torch.device) -> dict[str, float | str]:
+def errors_by_case(
+    model: DiffusionModel, group: SequenceParallelGroup, device: torch.device, as_projected: bool = True
+) -> dict[str, float | str]:
     """The relative error of each case, sharded over the group against whole in one process.
 
-    model: any ComfyUI LTX model; a tiny one, because the whole runs on every rank too.
+    model: any ComfyUI LTX model; a tiny one, because the whole runs on every rank too. as_projected: see `sharded`.
     Returns the errors on rank 0, in place of one what the model said when it could not be sharded at all; elsewhere they
     mean nothing. A case that the model does not run whole either is left out: there is no picture of it to be had. Raises
     SelfTestError if it runs none. Collective.
@@ -282,7 +284,7 @@ def errors_by_case(model: DiffusionModel, group: SequenceParallelGroup, device: 
                 logger.warning("%s is not tried: ComfyUI's own model does not run it (%s)", case.name, refused)
                 continue
             try:
-                with own_attention_of(model, case), sharded(model, shared):
+                with own_attention_of(model, case), sharded(model, shared, as_projected=as_projected):
                     in_shards = call(model, case, device)
             except Exception as error:  # whatever an unknown model says to being sharded is the verdict
                 logger.info("%s cannot be sharded: %s", case.name, traceback.format_exc())
@@ -311,12 +313,17 @@ def ieee_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
+def wrong_cases(errors: Mapping[str, float | str]) -> dict[str, float | str]:
+    """Those of the cases that are not within the tolerance."""
+    return {name: error for name, error in errors.items() if isinstance(error, str) or not error <= TOLERANCE}
+
+
 def check_errors(errors: Mapping[str, float | str], about: str) -> None:
     """Raises SelfTestError, naming what differs and by how much, unless all errors are within the tolerance.
 
     about: the ComfyUI version and the model's.
     """
-    wrong = {name: error for name, error in errors.items() if isinstance(error, str) or not error <= TOLERANCE}
+    wrong = wrong_cases(errors)
     if wrong:
         named = "; ".join(
             f"{name} ({error})" if isinstance(error, str) else f"{name} by {error:.1e}" for name, error in wrong.items()

@@ -58,6 +58,7 @@ class ComfyModel(ComfyHost):
         self._base: Model = None  # the patcher without patches; clones of it carry them
         self._patcher: Model = None
         self._loaded_for: tuple[int, int] | None = None  # the run and the budget
+        self._as_projected = True
         self._hooks: dict[str, RemoteHooks] = {}
         self._options: dict[str, tuple[Message, Options]] = {}  # as they were sent, and unpacked
         self._packed_objects: Message | None = None  # of the patches that are on
@@ -107,7 +108,8 @@ class ComfyModel(ComfyHost):
     def _sharded(
         self, group: SequenceParallelGroup, inputs: StepInputs, options: Options
     ) -> AbstractContextManager[None]:
-        return sharded(self.diffusion_model, group, options.get(CHUNKS_OPTION, 1), inputs.gathered)
+        chunks = options.get(CHUNKS_OPTION, 1)
+        return sharded(self.diffusion_model, group, chunks, inputs.gathered, self._as_projected)
 
     def patch_test(self, group: SequenceParallelGroup, inputs: PatchTestInputs) -> Difference | str:
         step, case = inputs.step, inputs.case
@@ -190,12 +192,17 @@ class ComfyModel(ComfyHost):
         device = self._base.load_device
         with torch.inference_mode():
             model = tiny_model(type(self.diffusion_model), self._base.model.model_config.unet_config, device)
-        return errors_by_case(model, group, device)
+        return errors_by_case(model, group, device, self._as_projected)
+
+    def send_as_projected(self, on: bool) -> None:
+        self._as_projected = on
 
     def kernel_test(self, group: SequenceParallelGroup) -> dict[str, Difference]:
         self.unload()  # room for the copies, and blocks that are as they were loaded
         try:
-            return differences_by_case(self.diffusion_model, group, self._spec.compute_dtype, self._base.load_device)
+            return differences_by_case(
+                self.diffusion_model, group, self._spec.compute_dtype, self._base.load_device, self._as_projected
+            )
         finally:
             give_back_freed_memory()
 

@@ -41,12 +41,16 @@ _NOISE_SAMPLES = 2
 
 
 def differences_by_case(
-    model: DiffusionModel, group: SequenceParallelGroup, dtype: torch.dtype, device: torch.device
+    model: DiffusionModel,
+    group: SequenceParallelGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+    as_projected: bool = True,
 ) -> dict[str, Difference]:
     """How far the first blocks' answer on several ranks is from that on one, and how far it may be.
 
     model: the one with weights, wherever they are; its blocks' copies on the device are gone afterwards.
-    dtype: that the model computes in. Counts on rank 0. Collective.
+    dtype: that the model computes in. as_projected: see `sharded`. Counts on rank 0. Collective.
     """
     errors: dict[str, float] = {}
     noise = [TOLERANCE]
@@ -57,7 +61,8 @@ def differences_by_case(
             if case.name not in _CASES:
                 continue
             call = functools.partial(call_in_dtype, short, case, dtype, device)
-            errors[case.name], moved = _error_and_noise(call, call(), short, functools.partial(sharded, short, group))
+            scope = functools.partial(sharded, short, group, as_projected=as_projected)
+            errors[case.name], moved = _error_and_noise(call, call(), short, scope)
             noise.append(moved)
     # One bound for all: quantised layers jump from one value to the next, in one sample and not in another.
     return {name: Difference(error, max(noise)) for name, error in errors.items()}

@@ -62,7 +62,11 @@ _QUERY_BY_QUERY = ("attention_comfy_kitchen_int8",)  # of the kernels that a lay
 
 @contextlib.contextmanager
 def sharded(
-    diffusion_model: Any, group: SequenceParallelGroup, feed_forward_chunks: int = 1, gathered: Collection[str] = ()
+    diffusion_model: Any,
+    group: SequenceParallelGroup,
+    feed_forward_chunks: int = 1,
+    gathered: Collection[str] = (),
+    as_projected: bool = True,
 ) -> Iterator[None]:
     """Let a ComfyUI LTX model run on this rank's tokens within the `with`.
 
@@ -70,6 +74,7 @@ def sharded(
     answer on rank 0, and something of the same shape elsewhere.
     gathered: modules of blocks, by name, that are shown all tokens, because a patch made them look at more than one at a
     time: attention modules and `ff`. What they compute is not shared.
+    as_projected: let video self-attention that is known send each part as soon as it is projected.
     Collective: every rank of the group calls the model with the same inputs.
     """
     forward = _ShardedForward(group)
@@ -90,7 +95,7 @@ def sharded(
                     continue
                 tag = _tag_preferred if name in gathered else functools.partial(_tag_role, role)
                 scope.callback(attention.register_forward_pre_hook(tag, with_kwargs=True).remove)
-                if role is AttentionRole.VIDEO_SELF and name not in gathered and is_known(attention):
+                if as_projected and role is AttentionRole.VIDEO_SELF and name not in gathered and is_known(attention):
                     projecting = functools.partial(forward.project_and_attend, attention, attention.forward)
                     scope.enter_context(replaced(attention, "forward", projecting))
         in_step = scope.enter_context(agreed_input_scales(diffusion_model, group))

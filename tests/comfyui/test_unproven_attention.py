@@ -1,0 +1,65 @@
+"""A self-attention that looks like one that is known, and gives something else: it is not sent part by part."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from comfy_checkout import find_comfyui
+from comfy_models import save_tiny_checkpoint
+
+pytestmark = pytest.mark.comfyui
+
+# In a process of its own: what it changes in ComfyUI is for all of a process.
+CHILD = """
+import json, sys
+path, comfyui, sys.path[:0] = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+import logging, torch, comfy_scenarios as scenarios
+from comfy_models import CONFIGS, set_up_comfyui
+set_up_comfyui(comfyui)
+import comfy.sd
+from comfy_ranks import take_another_attention
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment
+from rayltx.comfy_dist.comfy_host import COMFY_HOST
+from rayltx.comfy_dist.main_process import self_test_record
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.twin import load_twin
+from rayltx.diffusion_models.lightricks.relative_error import relative_error
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import Bootstrap, ClusterRequest
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+VERSION, record, warned = "LTX-2", {}, []
+self_test_record.read_record = lambda path: record
+self_test_record.write_record = lambda path, verdicts, *told: record.update(verdicts)
+self_test_record.logger.warning = lambda text, *arguments: warned.append(text % arguments)
+take_another_attention(None, "cpu")
+inner = ComfyEnvironment.headless(comfyui, cpu=True).bootstrap()
+request = ClusterRequest(workers=2, host=COMFY_HOST, bootstrap=Bootstrap("comfy_ranks:take_another_attention", inner))
+with torch.inference_mode():
+    picture = lambda model: scenarios.tensors_of(scenarios.euler(model, VERSION, CONFIGS[VERSION]))
+    reference = picture(comfy.sd.load_diffusion_model(path))
+    errors = []
+    for _ in range(2):  # the second time by the record
+        twin = load_twin(path, Placement(request, ParallelConfig(2, 1)))
+        errors.append(max(map(relative_error, picture(twin), reference)))
+Cluster.current().shutdown()
+print(json.dumps([errors, warned, [verdict["as_projected"] for verdict in record.values()]]))
+"""
+
+
+def test_it_takes_the_plain_path_and_is_exact(comfy, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_tiny_checkpoint(path, "LTX-2")
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path), str(find_comfyui()), json.dumps(sys.path)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    errors, warned, as_projected = json.loads(done.stdout.splitlines()[-1])
+    assert max(errors) <= 2e-6
+    assert as_projected == [False]
+    assert len(warned) == 1 and "something else when its parts are sent as they are projected" in warned[0]
