@@ -52,8 +52,11 @@ def main() -> None:
 def _rank(rank: int, world_size: int, folder: str, queue: mp.SimpleQueue, arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     enter(ComfyEnvironment.headless(str(arguments.comfyui.resolve()), cpu=True), "cpu")
+    import comfy.ldm.modules.attention
     import comfy.ops
 
+    # ComfyUI's choice on a CPU takes more where more is free.
+    comfy.ldm.modules.attention.optimized_attention = comfy.ldm.modules.attention.attention_pytorch
     from rayltx.comfy_dist.tiny_checkpoints import model_class
     from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS
 

@@ -39,8 +39,8 @@ class FailureWatch:
         """This rank has failed."""
         try:
             self._store.set(_KEY, "1")
-        except RuntimeError:  # rank 0, which has the store, is gone: the others notice that
-            logger.info("the group's store is gone")
+        except RuntimeError as error:  # the others notice it, if only when they are stuck
+            logger.info("the group's store is gone: %s", error)
 
     def begin(self) -> None:
         """This rank begins with what the group does together."""
@@ -58,8 +58,10 @@ class FailureWatch:
             while not self._watched.check([_KEY]):
                 if self._closed.wait(_POLL_S):
                     return
-        except RuntimeError:
-            return  # the store went with rank 0
+        except RuntimeError as error:
+            if not self._closed.is_set():
+                logger.info("another rank's failure would not be told any more: %s", error)
+            return
         until = time.monotonic() + _GRACE_S
         while self._working.is_set() and not self._closed.is_set():
             if time.monotonic() > until:

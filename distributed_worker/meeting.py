@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rayltx.distributed_worker.driver.link import RayDriver
 from rayltx.distributed_worker.meeting_server import MeetingServer, Place, ServedControl, ServedStore
 from rayltx.distributed_worker.step_control import StepControl
+from rayltx.errors import ClusterError
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 RankControl = StepControl | ServedControl  # as a worker has it
@@ -58,6 +59,7 @@ class Meetings:
         self._driver, self._address = driver, address
         self._numbers = itertools.count()
         self._server: MeetingServer | None = None
+        self._is_closed = False
 
     def next_point(self) -> MeetingPoint:
         """For a new group. Raises DeviceError for an address that cannot be had."""
@@ -71,11 +73,14 @@ class Meetings:
         return control if self._driver.shares_memory else self._serve().share(control)
 
     def close(self) -> None:
+        self._is_closed = True
         if self._server is not None:
             self._server.close()
             self._server = None
 
     def _serve(self) -> MeetingServer:
+        if self._is_closed:
+            raise ClusterError("the workers were ended")
         if self._server is None:
             host, _, port = self._address.rpartition(":")
             self._server = MeetingServer(host or self._driver.address, int(port or 0))

@@ -2,7 +2,7 @@
 
 torch's own server for groups (TCPStore) listens on all interfaces and asks for no password. This one listens at one address, and
 each side proves to the other that it knows a secret (`multiprocessing.connection`'s challenge), before anything else is read. The
-secret reaches the ranks through Ray.
+secret reaches the ranks through Ray. Who sits between two machines could still change what passes by.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import multiprocessing
 import os
 import secrets
 import socket
-import struct
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
 import torch.distributed as dist
@@ -30,7 +30,11 @@ from rayltx.errors import DeviceError, RanksDisagree, StepCancelled
 logger = logging.getLogger(__name__)
 
 _PROVE_S = 10.0  # that a visitor has to show that it knows the secret
+_MOST_UNPROVEN = 32  # visitors at a time
+_SILENT_S = 30  # after which the other machine is taken for gone: it answers probes, whatever its processes do
 _LOOK_AGAIN_S = 0.01
+_ACCEPT_AGAIN_S = 0.2
+_ALL_ADDRESSES = ("", "0.0.0.0", "::")
 _GONE = "the place in ComfyUI's process where the ranks meet cannot be reached"
 
 
@@ -40,44 +44,67 @@ class Place:
 
     host: str
     port: int
-    secret: bytes
+    secret: bytes = field(repr=False)
 
     def connect(self, timeout_s: float = 30.0) -> Connection:
         """Raises RuntimeError where nobody answers, or somebody without the secret does."""
         try:
-            connected = socket.create_connection((self.host, self.port), timeout_s)
-            _send_at_once(connected)
-            connected.settimeout(None)
-            _limit_reading(connected, timeout_s)
-            connection = Connection(os.dup(connected.fileno()))
-            answer_challenge(connection, self.secret)
-            deliver_challenge(connection, self.secret)
-            _limit_reading(connected, 0.0)
-            connected.close()
+            with socket.create_connection((self.host, self.port), timeout_s) as connected:
+                _prepare(connected)
+                connection = Connection(os.dup(connected.fileno()))
+                with _ended_after(connected, timeout_s):
+                    answer_challenge(connection, self.secret)
+                    deliver_challenge(connection, self.secret)
         except (OSError, EOFError, multiprocessing.AuthenticationError) as error:
             raise RuntimeError(f"{_GONE}: {self.host}:{self.port}: {error}") from error
         return connection
 
 
-def _send_at_once(connected: socket.socket) -> None:
-    """Messages are small, and each is waited for."""
+def _prepare(connected: socket.socket) -> None:
+    """Messages are small, and each is waited for; and a machine that is gone says nothing."""
+    connected.settimeout(None)  # of Python's, with which `Connection` cannot read
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {
+        "TCP_KEEPIDLE": _SILENT_S // 3, "TCP_KEEPINTVL": _SILENT_S // 6, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 1000 * _SILENT_S,
+    }  # fmt: skip
+    for name, value in options.items():
+        if hasattr(socket, name):
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _limit_reading(connected: socket.socket, limit_s: float) -> None:
-    """0: no limit. Python's own limit would make the descriptor one that `Connection` cannot read."""
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(limit_s), 0))
+@contextlib.contextmanager
+def _ended_after(connected: socket.socket, limit_s: float) -> Iterator[None]:
+    """Let what is done within the `with` fail when the time is over, however little comes at a time."""
+    timer = threading.Timer(limit_s, _shut, (connected,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _shut(connected: socket.socket) -> None:
+    """Closing it would leave the thread that waits for it, and the port open."""
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 # ---- in ComfyUI's process
 
 
 class MeetingServer:
-    """Raises DeviceError for an address that it cannot have. Port 0: a free one."""
+    """Raises DeviceError for an address that it cannot have, or that ranks could not reach it at. Port 0: a free one."""
 
     def __init__(self, host: str, port: int = 0) -> None:
+        if host in _ALL_ADDRESSES:
+            raise DeviceError(
+                f"the workers cannot meet at {host or 'no address'}: it has to be one that each of them reaches this machine at; "
+                "name it, or choose auto"
+            )
         try:
-            self._socket = socket.create_server((host, port))
+            self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except (OSError, OverflowError) as error:
             raise DeviceError(
                 f"the workers cannot meet at {host}:{port}: {error}; choose an address of this machine and a free port, or auto"
@@ -86,6 +113,9 @@ class MeetingServer:
         self._numbers = itertools.count()
         self._changing = threading.Lock()
         self._keys: dict[str, bytes] = {}
+        self._is_closed = False
+        self._unproven = threading.BoundedSemaphore(_MOST_UNPROVEN)
+        self._visitors: set[socket.socket] = set()
         self._controls: weakref.WeakValueDictionary[int, StepControl] = weakref.WeakValueDictionary()
         threading.Thread(target=self._accept, name="rayltx-meeting", daemon=True).start()
 
@@ -102,36 +132,64 @@ class MeetingServer:
         return ServedControl(self.place, number)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # closing it would leave the thread that accepts, and the port open
+        """Send all away: none waits for a step any more."""
+        self._is_closed = True
+        _shut(self._socket)
         self._socket.close()
+        with self._changing:
+            for control in self._controls.values():
+                control.abort()
+            for visitor in self._visitors:
+                _shut(visitor)
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 connected, _ = self._socket.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._serve, args=(connected,), name="rayltx-visitor", daemon=True).start()
+            except OSError as error:
+                if not self._is_closed:  # no descriptors are left, or who came is gone
+                    logger.warning("where the ranks meet: %s", error)
+                    time.sleep(_ACCEPT_AGAIN_S)
+                continue
+            self._unproven.acquire()
+            threading.Thread(target=self._receive, args=(connected,), name="rayltx-visitor", daemon=True).start()
 
-    def _serve(self, connected: socket.socket) -> None:
+    def _receive(self, connected: socket.socket) -> None:
         with connected:
-            _send_at_once(connected)
-            _limit_reading(connected, _PROVE_S)
-            connection = Connection(os.dup(connected.fileno()))
             try:
-                deliver_challenge(connection, self.place.secret)
-                answer_challenge(connection, self.place.secret)
-                _limit_reading(connected, 0.0)
-                while True:
-                    name, *arguments = connection.recv()
-                    connection.send(getattr(self, f"_on_{name}")(*arguments))
+                with self._connected_to(connected) as connection:
+                    self._serve(connection)
             except (EOFError, OSError):
                 pass  # it is gone, or never was one of ours
-            except (multiprocessing.AuthenticationError, AssertionError):  # what is no challenge is an AssertionError
+            except (multiprocessing.AuthenticationError, AssertionError, ValueError):
+                # What is no challenge is an AssertionError.
                 logger.warning("somebody without the secret came to where the ranks meet")
-            finally:
-                connection.close()
+
+    @contextlib.contextmanager
+    def _connected_to(self, connected: socket.socket) -> Iterator[Connection]:
+        """A visitor who has shown that it knows the secret. Raises what the challenge raises."""
+        try:
+            _prepare(connected)
+            connection = Connection(os.dup(connected.fileno()))
+            with _ended_after(connected, _PROVE_S):
+                deliver_challenge(connection, self.place.secret)
+                answer_challenge(connection, self.place.secret)
+        finally:
+            self._unproven.release()
+        with self._changing:
+            self._visitors.add(connected)
+        try:
+            if not self._is_closed:
+                yield connection
+        finally:
+            with self._changing:
+                self._visitors.discard(connected)
+            connection.close()
+
+    def _serve(self, connection: Connection) -> None:
+        while True:
+            name, *arguments = connection.recv()
+            connection.send(getattr(self, f"_on_{name}")(*arguments))
 
     # What is asked: by `ServedStore` and `ServedControl`, which say what it means.
 
@@ -154,6 +212,10 @@ class MeetingServer:
             if self._keys.get(key, b"" if not expected else None) == expected:
                 self._keys[key] = desired
             return self._keys.get(key, expected)
+
+    def _on_count(self, prefix: str) -> int:
+        with self._changing:
+            return sum(key.startswith(prefix) for key in self._keys)
 
     def _on_delete(self, key: str) -> bool:
         with self._changing:
@@ -197,10 +259,14 @@ class _Visit:
 
 
 class ServedStore(dist.Store):
-    """A group's store. Who makes a group keeps this object for as long as the group is: torch does not."""
+    """A group's store. Who makes a group keeps this object for as long as the group is: torch does not.
+
+    torch calls some methods by its own names, which are not those that it has in Python.
+    """
 
     def __init__(self, place: Place, group: str, timeout_s: float) -> None:
         super().__init__()
+        self._clones: list[ServedStore] = []  # which torch does not keep either
         self._place, self._group, self._timeout_s = place, group, timeout_s
         self._visit = _Visit(place)
 
@@ -237,8 +303,16 @@ class ServedStore(dist.Store):
     def delete_key(self, key: str) -> bool:
         return self._visit.ask("delete", self._key(key))  # type: ignore[return-value]
 
+    deleteKey = delete_key  # noqa: N815
+
+    def num_keys(self) -> int:
+        return self._visit.ask("count", self._key(""))  # type: ignore[return-value]
+
+    getNumKeys = num_keys  # noqa: N815
+
     def clone(self) -> ServedStore:
-        return ServedStore(self._place, self._group, self._timeout_s)
+        self._clones.append(ServedStore(self._place, self._group, self._timeout_s))
+        return self._clones[-1]
 
     def _get(self, keys: list[str]) -> list[bytes | None]:
         return self._visit.ask("get", [self._key(key) for key in keys])  # type: ignore[return-value]

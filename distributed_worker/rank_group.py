@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _PING_TIMEOUT_S = 5.0
 _JOIN_TIMEOUT_S = 120.0  # a link that hangs is told from a slow start, which is over by then
 _STACK_S = 0.5  # that a worker has to write its stack
-_COLLECTIVE_TIMEOUT = 1.5  # of a step's limit
+_COLLECTIVE_TIMEOUT = 1.5  # of the longest limit
 
 _Result = TypeVar("_Result")
 
@@ -226,6 +226,8 @@ class RankGroup:
             raise
         except ClusterError:
             self._broken = True
+            if calls.control is not None:
+                calls.control.abort()
             raise
 
     def _progress_of(self, calls: _CallsUnderWay) -> Progress | None:
@@ -269,8 +271,11 @@ class RankGroup:
             except (ClusterError, UserError) as error:
                 # What they have answered stays what it is: others have to start in their places.
                 self._broken = self._start_failed = True
-                # Workers are told from Ray by what starts them: where none comes up, it is Ray that hangs.
-                self._ray_hangs = isinstance(error, WorkerStuck)
+                new = self._lacking or self.all_ranks
+                # Where none of those that were started comes up, it is Ray that hangs.
+                self._ray_hangs = isinstance(error, WorkerStuck) and not any(
+                    self._preparing[rank].is_done for rank in new
+                )
                 raise
             self._infos = [infos[rank] for rank in self.all_ranks]
         return self._infos
@@ -323,7 +328,7 @@ class RankGroup:
 
     def _form_and_try(self, config: ParallelConfig, meeting_point: MeetingPoint) -> None:
         # Longer than a step may take: of a rank that hangs, this process is to hear first, and says which it is.
-        timeout_s = _COLLECTIVE_TIMEOUT * self._request.step_timeout_s
+        timeout_s = _COLLECTIVE_TIMEOUT * max(self._request.step_timeout_s, self._request.call_timeout_s)
         joining = {rank: ask(Worker.join, rank, config, meeting_point, timeout_s) for rank in range(config.world_size)}
         reports = self.run(joining, "forming the group", min(_JOIN_TIMEOUT_S, self._request.call_timeout_s))
         if (report := reports[0]) is not None:

@@ -84,13 +84,15 @@ class RemoteModel:
             self.release_unless_busy()
 
     def release(self) -> None:
-        """Let the workers forget the model. Its memory is free when this returns.
+        """Let the workers forget the model. Its memory is free when this returns, unless the log says that some failed in it.
 
-        One that fails in it, or is gone, is found by the next call; it holds the model no more.
+        These, and those that are gone, are found by the next call. Raises what all of them raised.
         """
         try:
             if not self._forgotten and not self._group.is_broken:
                 self._group.run_on(self._group.all_ranks, ask(Worker.release, self.model_id), "releasing a model")
+        except RanksFailedAlike:
+            raise
         except ClusterError as error:
             logger.warning("%s", first_line(error))
         finally:
@@ -134,7 +136,9 @@ class RemoteModel:
         `repeats` times; again: after which of these failures. Raises as `outcomes.results`.
         """
         group = self._group
-        limit_s = group.request.step_timeout_s if timeout_s is None else timeout_s
+        # A rank may stay in one block for as long as a block's limit says.
+        longest_s = max(group.request.step_timeout_s, group.request.block_timeout_s)
+        limit_s = longest_s if timeout_s is None else timeout_s
 
         def work() -> _Result:
             group.form(config)

@@ -40,7 +40,7 @@ class ClusterRequest:
     map_files: bool = False  # let the workers map the checkpoint itself, without the object store
     dashboard: str = ""  # host:port of Ray's dashboard; "": none
     group_address: str = ""  # host:port where the ranks meet; "": a free port
-    # Limits: of a step since the last sign of it, where blocks cannot be seen; of every other call; and of a block, the least.
+    # Limits: of a step since its last block; of every other call; and of a block, the least that it may take.
     step_timeout_s: float = 1800.0
     call_timeout_s: float = 300.0
     block_timeout_s: float = 20.0

@@ -3,7 +3,7 @@
 All ranks have to stop at the same block, or some would wait in an exchange for others that have left. So rank 0 decides: it
 says at each block whether it goes on, and the others look there before they enter theirs. As all of them meet in every block
 anyway, that costs a look at memory. The numbers lie in a memory file (see `shared_bytes`); where ranks are on several machines
-there is none, and a step runs to its end.
+they ask ComfyUI's process for each look (see `meeting_server`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,8 @@ class Worker:
         self._result: Message | None = None  # kept until the next, for who asked to map what it shares
         self._models: dict[str, Host] = {}
         self._group: SequenceParallelGroup | None = None
-        self._meeting: dist.Store | None = None  # of the group, which does not keep it itself
+        # Of the group, which does not keep it itself, and of the one before: threads of NCCL's can outlive their group.
+        self._meetings: deque[dist.Store] = deque(maxlen=2)
         self._watch: FailureWatch | None = None
         self._logs = _CollectingHandler()
         package_logger = logging.getLogger("rayltx")
@@ -136,10 +138,11 @@ class Worker:
         if config.world_size == 1:
             self._group = SequenceParallelGroup.single()
             return None
-        self._meeting = meeting_point.join(timeout_s)
+        store = meeting_point.join(timeout_s)
+        self._meetings.append(store)
         dist.init_process_group(
             self._device.collectives,
-            store=self._meeting,
+            store=store,
             rank=rank,
             world_size=config.world_size,
             timeout=datetime.timedelta(seconds=timeout_s),

@@ -103,7 +103,7 @@ _STEP_TIMEOUT: Definition = (
     "FLOAT",
     {
         "default": 1800.0, "min": 1.0, "max": 86400.0, "step": 1.0,
-        "tooltip": "Seconds after which a step that shows no sign of progress is given up, where blocks cannot be seen.",
+        "tooltip": "Seconds after the last block that any worker has entered, after which a step is given up in any case.",
     },
 )  # fmt: skip
 _CALL_TIMEOUT: Definition = (

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
-import textwrap
 from unittest import mock
 
 import torch
@@ -459,15 +457,13 @@ def projected_calls_of_patched(path):
     return counts
 
 
-def take_another_attention(inner, device):
-    """A bootstrap: ComfyUI's video and audio attention gives something else, by code that uses the same names."""
-    if inner is not None:
-        import_dotted(inner.function)(inner.payload, device)
+def take_another_rotation(inner, device):
+    """A bootstrap: what rotates query and key by themselves gives something else, and what rotates them together does not.
+
+    Of the video's alone, whose width 3 divides: so whole models, which rotate them together, are as before.
+    """
+    import_dotted(inner.function)(inner.payload, device)
     import comfy.ldm.lightricks.model as module
 
-    source = textwrap.dedent(inspect.getsource(module.CrossAttention.forward))
-    changed = source.replace("self.q_norm(q)", "self.q_norm(q) * 1.5")
-    assert changed != source
-    names = {}
-    exec(changed, vars(module), names)
-    module.CrossAttention.forward = names["forward"]
+    rotate = module.apply_rotary_emb
+    module.apply_rotary_emb = lambda x, positions: rotate(x, positions) * (1.01 if x.shape[-1] % 3 == 0 else 1.0)

@@ -14,21 +14,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 _ADDRESSES = ("10.213.77.1", "10.213.77.2")
 _PORT = 6379
 
 
-def why_not() -> str:
-    """Why there can be no two machines here; "" if there can."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        return "needs root, and iproute2, for network namespaces"
-    name = f"rayltx{os.getpid()}"
-    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if tried.returncode != 0:
-        return f"no network namespaces here: {tried.stderr.strip()}"
-    _ip("netns", "del", name)
-    return ""
+class NotHere(Exception):
+    """Why there can be no two machines here."""
 
 
 def _ip(*arguments: str) -> None:
@@ -52,12 +45,12 @@ class Machines:
     environment: dict[str, str]
     address = f"{_ADDRESSES[0]}:{_PORT}"
 
-    def run(self, code: str, *arguments: str) -> subprocess.Popen[str]:
+    def run(self, code: str, *arguments: str, stderr: IO[bytes] | None = None) -> subprocess.Popen[str]:
         """Python on the first machine, with pipes."""
         return subprocess.Popen(
             ["ip", "netns", "exec", self.names[0], sys.executable, "-c", code, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **self.environment},
-            start_new_session=True,
+            start_new_session=True, stderr=stderr,
         )  # fmt: skip
 
     def kill_second(self) -> None:
@@ -71,15 +64,22 @@ class Machines:
 
 @contextlib.contextmanager
 def two_machines() -> Iterator[Machines]:
+    """Raises NotHere."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        raise NotHere("needs root, and iproute2, for network namespaces")
     names = (f"rayltx{os.getpid()}a", f"rayltx{os.getpid()}b")
     nodes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
         token = Path(folder) / "token"
         token.write_text(secrets.token_hex(32))
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-        for name in names:
-            _ip("netns", "add", name)
+        made = []
         try:
+            for name in names:
+                added = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+                if added.returncode != 0:
+                    raise NotHere(f"no network namespaces here: {added.stderr.strip()}")
+                made.append(name)
             _ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
             for name, address in zip(names, _ADDRESSES):
                 _ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
@@ -89,7 +89,7 @@ def two_machines() -> Iterator[Machines]:
                 nodes.append(_start_node(name, address, folder, environment))
             yield Machines(names, environment)
         finally:
-            for name in names:
+            for name in made:
                 _end_all(name)
                 _ip("netns", "del", name)
             for node in nodes:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ LTX_MARKS = (
     "patchify_proj.weight",
 )  # every LTX transformer has them
 _AUDIO_MARK = "audio_adaln_single.linear.weight"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
@@ -71,7 +71,7 @@ class FileStamp:
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> FileStamp:
         found = os.stat(path)
-        return cls(socket.gethostname(), found.st_size, found.st_mtime_ns)
+        return cls(_this_machine(), found.st_size, found.st_mtime_ns)
 
     def check(self, path: str) -> None:
         """Raises CheckpointError for another file in its place. A copy on another machine may have another time."""
@@ -84,6 +84,14 @@ class FileStamp:
                 f"{path} has changed since it was loaded: it had {self.num_bytes} bytes and has {now.num_bytes}, or was written "
                 "to; load it again"
             )
+
+
+def _this_machine() -> str:
+    """In which a file's time means something: names of machines can be alike. Where it is not known, each process is its own."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return f"process {os.getpid()}"
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,8 @@ class _ShardedForward:
         options = transformer_options or {}
         rest = [*args, *(value for value in kwargs.values() if value is not None)]
         is_ours = self._override is not None and options.get(OVERRIDE) is self._override
-        if rest or not is_ours or options.get(SKIPPED) or self.sequence.group.ulysses is None:
+        is_plain = MASK in options and options.get(PREFERRED) is None and not options.get(SKIPPED)
+        if rest or not is_ours or not is_plain or self.sequence.group.ulysses is None:
             return original(x, *args, pe=pe, transformer_options=transformer_options, **kwargs)
         own_mask: SelfAttentionMask | None = options[MASK]
         plain = {"attn_precision": attention.attn_precision, "transformer_options": _plain(options, None)}

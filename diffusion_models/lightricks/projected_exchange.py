@@ -9,6 +9,12 @@ Letters in shapes: B batch, n tokens of this rank, D width, H heads, E head widt
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
+import io
+import textwrap
+import tokenize
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,39 +25,35 @@ from torch import Tensor, nn
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.sequence_parallel.local_attention import Attend
 
-_LAYERS = {
-    "to_q",
-    "to_k",
-    "to_v",
-    "q_norm",
-    "k_norm",
-    "to_out",
-    "to_gate_logits",
-    "heads",
-    "dim_head",
-    "attn_precision",
-}
-_KERNEL = {"comfy", "ldm", "modules", "attention", "optimized_attention"}
-_TENSORS = {"apply_rotary_emb", "shape", "view", "torch", "sigmoid", "unsqueeze"}
-_GUIDES = {"isinstance", "GuideAttentionMask", "_attention_with_guide_mask"}
-_KNOWN = tuple(
-    frozenset(_LAYERS | _KERNEL | _TENSORS | more)
-    for more in (
-        {"optimized_attention_masked"},  # 0.20
-        _GUIDES,  # 0.24 to 0.28
-        _GUIDES | {"apply_rotary_emb_qk"},  # 0.29 to 0.30
-        _GUIDES | {"apply_rotary_emb_qk", "get"},  # 0.33
-    )
+# SHA-256 of the tokens of `CrossAttention.forward`, which comments and lines' ends are none of.
+_KNOWN = (
+    "84573b95b816d136",  # 0.20
+    "4293b94812c8b659",  # 0.24 to 0.28
+    "4633212c9d9aec51",  # 0.29 to 0.30
+    "adac9916edd1cbfd",  # 0.33
 )
+_LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 SKIPPED = "stg_skip_self_attn"  # in the options, where the values pass through
 
 
 def is_known(attention: nn.Module) -> bool:
-    """Whether a module's forward is ComfyUI's own of a known version: by all names that its code uses."""
+    """Whether a module's forward is ComfyUI's own of a known version, word for word."""
     if "forward" in attention.__dict__:
         return False
     forward = type(attention).forward
-    return isinstance(forward, types.FunctionType) and frozenset(forward.__code__.co_names) in _KNOWN
+    # Its code, since the source of a function that wraps another is told to be the other's.
+    return isinstance(forward, types.FunctionType) and _digest(forward.__code__) in _KNOWN
+
+
+@functools.cache
+def _digest(code: types.CodeType) -> str:
+    try:
+        source = textwrap.dedent(inspect.getsource(code))
+    except OSError:
+        return ""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    words = " ".join(token.string for token in tokens if token.type not in _LAYOUT)
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def kernel_of(attention: nn.Module) -> Callable[..., Tensor]:

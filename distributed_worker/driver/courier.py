@@ -70,7 +70,8 @@ class Courier:
         what = "Ray" if start.settings.is_local else f"the Ray cluster at {start.settings.address}"
         with self._within(start.limit_s, what):
             store_bytes = self._start_ray(start)
-        self._send(Started(store_bytes, self._address()))
+            address = self._address()
+        self._send(Started(store_bytes, address))
         self._start_thread("answers", self._wait)
         self._start_thread("watch", functools.partial(self._watch, _of_ray(), os.getppid()))
         while True:

@@ -42,6 +42,7 @@ _START_LIMIT_S = 90.0
 _CLOSE_S = 15.0
 _LET_GO_S = 1.0  # after which what nobody needs any more is let go of, if nothing is sent before
 _SILENT_S = 60.0  # without a sign of life, after which the courier is taken for stuck
+_LOOK_S = 1.0
 _JOIN_LIMIT_S = 30.0
 _LOG = "courier.log"
 # Without the working directory on its search path, which is ComfyUI's, and the workers' too: paths may be relative to it.
@@ -77,6 +78,8 @@ class _Run:
     released: deque[int] = field(default_factory=deque)  # numbers to let go of; finalizers may come at any moment
     sending: Any = field(default_factory=threading.Lock)
     ended: str | None = None  # why
+    heard: int = 0  # messages
+    stuck: str = ""  # why it was killed, if it was
     reader: threading.Thread = field(default_factory=threading.Thread)
 
 
@@ -162,6 +165,7 @@ class RayDriver:
         self._send(run, protocol.StartRay(settings, str(folder / RAYS_OWN), limit_s, package))
         run.reader = threading.Thread(target=self._read, args=(run,), name="rayltx-answers", daemon=True)
         run.reader.start()
+        threading.Thread(target=self._watch, args=(run,), name="rayltx-watch", daemon=True).start()
         return run
 
     def _end(self, run: _Run, reason: str) -> None:
@@ -269,18 +273,27 @@ class RayDriver:
         except (OSError, ValueError):  # the reading thread says why
             logger.debug("the courier is gone")
 
+    def _watch(self, run: _Run) -> None:
+        """End a courier that says nothing: neither what is being sent to it nor what is being read of it would come to an end."""
+        silent_s, heard = 0.0, run.heard
+        while run.ended is None and silent_s < _SILENT_S:
+            time.sleep(_LOOK_S)
+            # As counted here, which a process that was stopped itself does not do.
+            silent_s, heard = (silent_s + _LOOK_S if run.heard == heard else 0.0), run.heard
+        if run.ended is None:
+            run.stuck = f"its driver's process says nothing for {silent_s:.0f} s"
+            run.process.kill()
+
     def _read(self, run: _Run) -> None:
         reason = ""
         try:
-            silent_s = 0.0  # as counted here, which a process that was stopped itself does not do
             while True:
                 while not run.connection.poll(_LET_GO_S):
-                    self._send(run)
-                    silent_s += _LET_GO_S
-                    if silent_s >= _SILENT_S:
-                        raise TimeoutError(f"its driver's process says nothing for {silent_s:.0f} s")
-                silent_s = 0.0
+                    if run.released and run.sending.acquire(blocking=False):  # who sends now takes them along
+                        run.sending.release()
+                        self._send(run)
                 message = run.connection.recv()
+                run.heard += 1
                 if isinstance(message, protocol.Running):
                     continue
                 if isinstance(message, protocol.Ended):
@@ -296,11 +309,8 @@ class RayDriver:
                         else:
                             answer.failure = message.reason
                     self._changed.notify_all()
-        except TimeoutError as error:
-            reason = str(error)
-            run.process.kill()  # what it has started is ended below
         except (EOFError, OSError):
-            pass
+            reason = reason or run.stuck
         except Exception as error:  # nobody would wait for an answer in vain
             logger.exception("what came from the courier cannot be read")
             reason = f"what came from its driver cannot be read ({error})"

@@ -95,8 +95,8 @@ def test_an_end_between_runs_is_noticed_by_the_next(model, caplog):
         assert cluster.driver.session != session
 
 
-@pytest.mark.slow
-def test_a_courier_that_hangs_is_taken_for_ended(model, monkeypatch, caplog):
+@pytest.mark.parametrize("is_sending", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_courier_that_hangs_is_taken_for_ended(model, monkeypatch, caplog, is_sending):
     checkpoint, made, inputs = model
     monkeypatch.setattr("rayltx.distributed_worker.driver.link._SILENT_S", 5.0)
     with Cluster.start(ClusterRequest(workers=2)) as cluster:
@@ -104,6 +104,8 @@ def test_a_courier_that_hangs_is_taken_for_ended(model, monkeypatch, caplog):
         before = remote.forward(inputs, TWO)
         session = courier_of(cluster)
         os.kill(session, signal.SIGSTOP)
+        if is_sending:
+            cluster.driver.keep(np.zeros(2**24, np.uint8))  # more than the pipe takes
         assert torch.equal(remote.forward(inputs, TWO)["video"], before["video"])
         assert "its driver's process says nothing for 5 s" in caplog.text
         assert processes.processes_of(session) == []

@@ -8,6 +8,7 @@ import pickle
 import socket
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -46,6 +47,16 @@ def test_keys_are_seen_by_all_and_by_their_group_alone(server):
     assert not ServedStore(server.place, server.begin_group(), 0.1).check(["b"])
 
 
+def test_torch_can_use_all_of_it(server):
+    """As it does: through a prefix, by names of its own."""
+    store = ServedStore(server.place, server.begin_group(), 5.0)
+    within = dist.PrefixStore("p", store)
+    within.set("a", "1")
+    assert within.get("a") == b"1" and within.num_keys() == 1
+    assert within.clone().get("a") == b"1"
+    assert within.delete_key("a") and within.num_keys() == 0
+
+
 def _meet(rank, place, group, folder):
     store = ServedStore(place, group, 60.0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
@@ -73,16 +84,54 @@ def test_nobody_without_the_secret_is_let_in(server, caplog):
             visitor.settimeout(30)
             visitor.recv(1000)  # the challenge
             visitor.sendall(rubbish)
-            visitor.shutdown(socket.SHUT_WR)
             answered = b""
-            with contextlib.suppress(ConnectionResetError):
+            with contextlib.suppress(OSError):  # it may have been sent away already
+                visitor.shutdown(socket.SHUT_WR)
                 while chunk := visitor.recv(1000):
                     answered += chunk
             assert b"WELCOME" not in answered
     silent = socket.create_connection((server.place.host, server.place.port))
+    assert server.place.secret.hex() not in repr(server.place) and str(server.place.secret) not in repr(server.place)
     assert not ServedStore(server.place, server.begin_group(), 1.0).check(["a"]), "others are served meanwhile"
     silent.close()
     assert "without the secret" in caplog.text
+
+
+def test_one_who_says_little_is_sent_away(server, monkeypatch):
+    monkeypatch.setattr("rayltx.distributed_worker.meeting_server._PROVE_S", 1.0)
+    for visitor in [socket.create_connection((server.place.host, server.place.port)) for _ in range(2)]:
+        with visitor, pytest.raises(OSError):
+            visitor.sendall((200).to_bytes(4, "big"))
+            while True:  # a byte at a time
+                visitor.sendall(b"x")
+                time.sleep(0.1)
+
+
+def test_many_strangers_keep_nobody_out(server, monkeypatch):
+    monkeypatch.setattr("rayltx.distributed_worker.meeting_server._PROVE_S", 1.0)
+    before = threading.active_count()
+    strangers = [socket.create_connection((server.place.host, server.place.port)) for _ in range(60)]
+    assert not ServedStore(server.place, server.begin_group(), 1.0).check(["a"])
+    assert threading.active_count() <= before + 2 * 32 + 1
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_server_without_descriptors_goes_on(server, monkeypatch, caplog):
+    accept, failed = server._socket.accept, []
+
+    def failing():
+        if len(failed) < 3:
+            failed.append(1)
+            raise OSError(24, "Too many open files")
+        return accept()
+
+    monkeypatch.setattr(
+        server, "_socket", types.SimpleNamespace(accept=failing, shutdown=lambda how: None, close=lambda: None)
+    )
+    for _ in range(2):
+        assert not ServedStore(server.place, server.begin_group(), 1.0).check(["a"])
+    assert caplog.text.count("Too many open files") == 3
 
 
 def test_one_who_says_nothing_is_sent_away(server, monkeypatch):
@@ -138,11 +187,45 @@ def test_an_address_that_is_taken_is_told(server):
         MeetingServer(HERE, server.place.port)
     with pytest.raises(DeviceError, match=r"cannot meet at 127\.0\.0\.1:99999"):
         MeetingServer(HERE, 99999)
+    for everywhere in ("", "0.0.0.0", "::"):
+        with pytest.raises(DeviceError, match="it has to be one that each of them reaches this machine at"):
+            MeetingServer(everywhere)
+
+
+def test_an_address_of_the_newer_kind(monkeypatch):
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    server = MeetingServer("::1")
+    store = ServedStore(server.place, server.begin_group(), 5.0)
+    store.set("a", "1")
+    assert store.get("a") == b"1"
+    server.close()
 
 
 def test_the_end_of_the_server_is_an_error_of_the_store(server):
     store = ServedStore(server.place, "group", 1.0)
     store.set("a", "1")
     server.close()
-    with pytest.raises(RuntimeError, match="cannot be reached"):
-        ServedStore(server.place, "group", 1.0).check(["a"])
+    for each in (store, ServedStore(server.place, "group", 1.0)):
+        with pytest.raises(RuntimeError, match="cannot be reached"):
+            each.check(["a"])
+
+
+def test_a_rank_that_waits_for_rank_0_is_let_go_at_the_end(server):
+    control, raised = StepControl(2), []
+    waiting = pickle.loads(pickle.dumps(server.share(control)))
+
+    def wait():
+        with contextlib.suppress(RanksDisagree, RuntimeError):
+            waiting.at_block(1)
+        raised.append(True)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while control.blocks() != [0, 1]:
+        time.sleep(0.01)
+    server.close()
+    thread.join(60)
+    assert raised
+    while any(each.name == "rayltx-visitor" for each in threading.enumerate()):
+        time.sleep(0.05)
