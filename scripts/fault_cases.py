@@ -181,4 +181,6 @@ CASES: dict[str, Callable[[Bench], Tried]] = {
     "another number of workers, another model": changes,
     "a second process with its own cluster, and SIGKILL of it": surroundings.two_processes,
     "another's Ray, named by RAY_ADDRESS; SIGKILL of our raylet": surroundings.beside_a_foreign_ray,
+    "one of two machines is killed in a step": surroundings.one_of_two_machines("kill"),
+    "one of two machines is cut off in a step": surroundings.one_of_two_machines("cut"),
 }  # fmt: skip

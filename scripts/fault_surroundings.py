@@ -29,6 +29,8 @@ from rayltx.distributed_worker.driver.processes import end_session, processes_of
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import RayLTXError
 
+from two_machines import NotHere, Steps, two_machines
+
 MIB = 2**20
 
 
@@ -229,6 +231,22 @@ def beside_a_foreign_ray(bench: Bench) -> Tried:
         finally:
             del os.environ["RAY_ADDRESS"]
     return Tried(torch.equal(answer, reference) and torch.equal(after, reference), following, left=left)
+
+
+def one_of_two_machines(then: str) -> Callable[[Bench], Tried]:
+    """then: see `Steps.disturbed`."""
+
+    def case(bench: Bench) -> Tried:
+        folder = bench.folder / then
+        folder.mkdir()
+        try:
+            with two_machines() as machines:
+                steps = Steps.disturbed(machines, folder, then)
+        except NotHere as reason:
+            raise NotTriedHere(str(reason)) from None
+        return Tried(steps.is_equal, steps.next_is_equal, steps.lost_s)
+
+    return case
 
 
 def main() -> None:

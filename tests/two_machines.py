@@ -10,14 +10,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from rayltx.about import ROOT
+
 _ADDRESSES = ("10.213.77.1", "10.213.77.2")
 _PORT = 6379
+_LIMIT_S = 400.0
 
 
 class NotHere(Exception):
@@ -118,3 +122,100 @@ def _wait_for_line(node: subprocess.Popen[bytes], log: Path, line: str) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             node.wait(0.2)
             raise RuntimeError(f"Ray did not start: {said}")
+
+
+# Says what it does, and goes on when told to.
+STEPS = f"""
+import sys; sys.path.insert(0, {str(ROOT / "importable")!r})
+import time, logging
+logging.basicConfig(level=logging.WARNING)
+import torch
+from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
+from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
+from rayltx.diffusion_models.lightricks.exactness import Case, untouched_forward, worst_error
+from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+TWO = ParallelConfig(1, 2)
+path, address, then = sys.argv[1:]
+untouched = save_tiny_checkpoint(path, "LTX-Video")
+checkpoint = open_checkpoint(path)
+made = DiffusersModel.of_checkpoint(checkpoint)
+inputs = Case("long", shape=LatentShape(16, 32, 32)).inputs(made)
+
+class Cancelled(Exception):
+    pass
+
+with Cluster.start(ClusterRequest(workers=2, address=address)) as cluster:
+    remote = cluster.load(checkpoint, made)
+    reference = remote.forward(inputs, TWO)["video"]
+    print("error", worst_error({{"video": reference}}, untouched_forward(untouched, made, inputs)), flush=True)
+    first = [info.pid for info in cluster.workers()]
+    started = time.monotonic()
+    remote.forward(inputs, TWO)
+    usual = time.monotonic() - started
+    told = []
+
+    def poll():
+        if not told:  # in the first block: nothing has to be exchanged in the end of a step
+            told.append(True)
+            if then == "cancel":
+                raise Cancelled
+            print("now", flush=True)
+            sys.stdin.readline()
+
+    started = time.monotonic()
+    try:
+        answer = remote.forward(inputs, TWO, poll=poll)["video"]
+    except Cancelled:
+        answer = remote.forward(inputs, TWO)["video"]
+    print("lost", time.monotonic() - started - usual, flush=True)
+    kept = sum(info.pid in first for info in cluster.workers())
+    print("equal", torch.equal(answer, reference), kept, flush=True)
+    print("equal", torch.equal(remote.forward(inputs, TWO)["video"], reference), flush=True)
+"""
+
+
+@dataclass
+class Steps:
+    """What became of steps that two machines share, of which one was disturbed."""
+
+    error: float  # of an undisturbed one, against diffusers' model
+    lost_s: float
+    is_equal: bool
+    num_kept: int  # workers
+    next_is_equal: bool
+    log: str
+
+    @classmethod
+    def disturbed(cls, machines: Machines, folder: Path, then: str) -> Steps:
+        """then: "cancel", or what happens to the second machine in a step's first block: "kill" or "cut"."""
+        with open(folder / "log", "wb") as log:
+            process = machines.run(STEPS, str(folder / "model.safetensors"), machines.address, then, stderr=log)
+        limit = threading.Timer(_LIMIT_S, process.kill)  # of one that hangs, whose lines are waited for
+        limit.start()
+        try:
+            error = float(_told(process, "error")[0])
+            if then != "cancel":
+                _told(process, "now")
+                machines.kill_second() if then == "kill" else machines.cut()
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+            lost_s = float(_told(process, "lost")[0])
+            equal, kept = _told(process, "equal")
+            next_equal = _told(process, "equal")[0]
+            assert process.wait() == 0
+        finally:
+            limit.cancel()
+        return cls(error, lost_s, equal == "True", int(kept), next_equal == "True", (folder / "log").read_text())
+
+
+def _told(process: subprocess.Popen[str], word: str) -> list[str]:
+    assert process.stdout is not None
+    line = next((line for line in process.stdout if line.startswith(word)), "")
+    assert line, f"it ended ({process.wait()}) before it said {word}"
+    return line.split()[1:]
