@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -136,12 +135,14 @@ def test_a_rank_that_fails_alone_costs_the_step_and_nothing_else(cluster, loaded
     digest = remote.digest()
     pids = [info.pid for info in cluster.workers()]
     fail = {**inputs, "fail": (kind, 1, str(tmp_path / "failed"))}
-    started = time.monotonic()
     with caplog.at_level(logging.WARNING, "rayltx"):
         answer = remote.forward(fail, ParallelConfig(3, 1))
     assert worst_error(answer, reference) < 2e-6
-    assert time.monotonic() - started < 40.0
     assert "rank 1" in caplog.text and "repeating the step" in caplog.text
+    assert "no answer" not in caplog.text and "no progress" not in caplog.text, "it was waited for"
+    assert not [record.getMessage() for record in caplog.records if "\n" in record.getMessage()], (
+        "an event has one line"
+    )
     now = [info.pid for info in cluster.workers()]
     assert sum(pid not in pids for pid in now) == replaced
     assert remote.digest() == digest, "a write by one worker reached the others"
@@ -241,10 +242,9 @@ def test_a_cancelled_step_leaves_the_next_one_right(cluster, loaded):
     def cancel():
         raise Cancelled
 
-    started = time.monotonic()
     with pytest.raises(Cancelled):
         remote.forward(inputs, ParallelConfig(3, 1), poll=cancel)
-    assert time.monotonic() - started < 1.0
+    assert cluster.group._abandoned is not None, "it was waited for"
     assert worst_error(remote.forward(inputs, ParallelConfig(3, 1)), reference) < 2e-6
 
 
