@@ -179,8 +179,9 @@ class MeetingServer:
         with self._changing:
             self._visitors.add(connected)
         try:
-            if not self._is_closed:
-                yield connection
+            if self._is_closed:
+                raise EOFError("the server was closed")
+            yield connection
         finally:
             with self._changing:
                 self._visitors.discard(connected)

@@ -6,6 +6,7 @@ travel as bytes that the receiver maps: in memory files on one machine, in Ray's
 
 from __future__ import annotations
 
+import ctypes
 import io
 import mmap
 import pickle
@@ -19,7 +20,7 @@ from ray import cloudpickle
 from torch import Tensor
 
 from rayltx.distributed_worker.driver.kept import Kept
-from rayltx.distributed_worker.shared_bytes import Segment, SharedBytes, shared
+from rayltx.distributed_worker.shared_bytes import Access, Segment, SharedBytes, shared
 from rayltx.distributed_worker.shared_pages import protected_views
 
 # Smaller tensors travel inside of the message: an object of its own costs about a millisecond.
@@ -35,15 +36,20 @@ class WireTensor:
     shape: tuple[int, ...]
     data: np.ndarray | SharedBytes | Kept
 
-    def restore(self, mapped: dict[int, mmap.mmap]) -> Tensor:
-        """A tensor on the bytes, uncopied. What several processes have is protected from writing. mapped: see `SharedBytes`."""
+    def restore(self, mapped: dict[int, mmap.mmap], as_view: bool) -> Tensor:
+        """A tensor on the bytes. mapped: see `SharedBytes`; of one kind of views.
+
+        as_view: uncopied, and protected from writing where several processes have it. Else it may be written, and a memory
+        file's pages are copied when they are.
+        """
         data = self.data
         assert not isinstance(data, Kept), "what Ray keeps is put in its place when a call is loaded"
         if isinstance(data, SharedBytes):
-            data = data.array(mapped)
-        elif not data.flags.writeable and data.nbytes >= INLINE_BYTES:
+            return tensor_of_bytes(data.array(mapped, Access.READ if as_view else Access.OWN), self.dtype, self.shape)
+        if not data.flags.writeable and data.nbytes >= INLINE_BYTES:
             data = protected_views({"": data})[""]  # from Ray's store, whose pages can be written
-        return tensor_of_bytes(data, self.dtype, self.shape)
+        tensor = tensor_of_bytes(data, self.dtype, self.shape)
+        return tensor if as_view else tensor.clone()
 
 
 @dataclass(frozen=True)
@@ -153,9 +159,7 @@ def unpack(message: Message, known: Callable[[str], object] | None = None) -> An
     known: what the names stand for that `pack` was told to leave in place of objects.
     """
     mapped: dict[int, mmap.mmap] = {}
-    tensors = [wire.restore(mapped) for wire in message.tensors]
-    if not message.as_views:
-        tensors = [tensor.clone() for tensor in tensors]
+    tensors = [wire.restore(mapped, message.as_views) for wire in message.tensors]
     return _Unpickler(message.payload, tensors, known).load()
 
 
@@ -182,6 +186,15 @@ class KeptTensors:
         return [self._keep(array) for array in arrays]
 
 
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def _have_same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    """Of (bytes,) uint8 arrays without gaps. numpy makes an array of as many answers first."""
+    return a.nbytes == b.nbytes and _memcmp(a.ctypes.data, b.ctypes.data, a.nbytes) == 0
+
+
 class SentTensors:
     """What has been sent and may be asked for again.
 
@@ -200,7 +213,7 @@ class SentTensors:
 
     def _put(self, data: np.ndarray) -> SharedBytes | Kept:
         for position, (known, where) in enumerate(self._entries):
-            if known.nbytes == data.nbytes and np.array_equal(known[:64], data[:64]) and np.array_equal(known, data):
+            if _have_same_bytes(known, data):
                 self._entries.append(self._entries.pop(position))
                 return where
         if self._keep is None:

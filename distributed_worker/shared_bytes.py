@@ -12,12 +12,21 @@ import secrets
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 
 from rayltx.errors import ClusterError
 
 _ALIGNMENT = 64
+
+
+class Access(Enum):
+    """What a mapping is for."""
+
+    READ = "read"  # writing to it ends the process (SIGSEGV)
+    WRITE = "write"  # what is written is there for all who map the file
+    OWN = "own"  # what is written is there for this mapping alone, whose pages are copied then
 
 
 class MemoryFile:
@@ -31,9 +40,9 @@ class MemoryFile:
     def __reduce__(self) -> tuple[object, ...]:
         return ForeignFile, (os.getpid(), self.fd, self._token)
 
-    def map(self, writable: bool = False) -> mmap.mmap:
-        """Its bytes. writable: what is written to them is there for all who map it."""
-        return _map(self.fd, writable)
+    def map(self, access: Access = Access.READ) -> mmap.mmap:
+        """Its bytes."""
+        return _map(self.fd, access)
 
 
 @dataclass(frozen=True)
@@ -44,15 +53,15 @@ class ForeignFile:
     fd: int
     token: str
 
-    def map(self, writable: bool = False) -> mmap.mmap:
+    def map(self, access: Access = Access.READ) -> mmap.mmap:
         """As `MemoryFile.map`. Raises ClusterError where the file is gone, or not for this process."""
         path = f"/proc/{self.pid}/fd/{self.fd}"
         try:
-            own = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+            own = os.open(path, os.O_RDWR if access is Access.WRITE else os.O_RDONLY)
             try:
                 if self.token not in os.readlink(f"/proc/self/fd/{own}"):
                     raise FileNotFoundError(path)
-                return _map(own, writable)
+                return _map(own, access)
             finally:
                 os.close(own)
         except OSError as error:
@@ -88,15 +97,15 @@ class SharedBytes:
     offset: int
     nbytes: int
 
-    def array(self, mapped: dict[int, mmap.mmap] | None = None) -> np.ndarray:
-        """(bytes,) uint8 on the shared bytes: writing to it ends the process (SIGSEGV). It keeps the mapping alive.
+    def array(self, mapped: dict[int, mmap.mmap] | None = None, access: Access = Access.READ) -> np.ndarray:
+        """(bytes,) uint8 on the shared bytes. It keeps the mapping alive.
 
-        mapped: the segments that have been mapped, by id, for several parts of one.
+        mapped: the segments that have been mapped so, by id, for several parts of one.
         """
         mapped = {} if mapped is None else mapped
         whole = mapped.get(id(self.segment))
         if whole is None:
-            whole = mapped[id(self.segment)] = self.segment.map()
+            whole = mapped[id(self.segment)] = self.segment.map(access)
         return np.frombuffer(whole, np.uint8, self.nbytes, self.offset)
 
 
@@ -113,7 +122,9 @@ def _write(fd: int, data: np.ndarray, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _map(fd: int, writable: bool) -> mmap.mmap:
+def _map(fd: int, access: Access) -> mmap.mmap:
+    if access is Access.OWN:  # not populated, which would copy every page
+        return mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     populate = getattr(mmap, "MAP_POPULATE", 0)
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if access is Access.WRITE else 0)
     return mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | populate, prot=protection)

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from rayltx.distributed_worker.shared_bytes import ForeignFile, MemoryFile
+from rayltx.distributed_worker.shared_bytes import Access, ForeignFile, MemoryFile
 from rayltx.errors import RanksDisagree, StepCancelled
 
 # Where each number is. Blocks count from 1 within a step. What rank 0 says is one number, which no other rank sees by halves: up
@@ -34,7 +34,7 @@ class StepControl:
 
     def _attach(self, file: MemoryFile | ForeignFile) -> None:
         self._file = file
-        self._numbers = np.frombuffer(file.map(writable=True), np.int64)
+        self._numbers = np.frombuffer(file.map(Access.WRITE), np.int64)
         self.usual_s = 0.0  # that a block takes, as far as is known; for who watches the step
 
     def __getstate__(self) -> MemoryFile | ForeignFile:

@@ -115,6 +115,8 @@ class EchoHost:
     def forward(self, group, inputs):
         if group.world is not None:
             dist.barrier(group.world)
+        if "add" in inputs:
+            inputs["context"].add_(inputs["add"])
         if group.rank != 0:
             return None
         return {name: inputs[name] for name in [inputs["answer"]] if name in inputs} if "answer" in inputs else inputs

@@ -271,6 +271,19 @@ def test_what_does_not_change_travels_once(cluster, checkpoint_of):
     remote.release()
 
 
+def test_what_a_worker_writes_is_its_own(cluster, checkpoint_of):
+    """Tensors that were sent may be written to, and the same bytes are there in the next step; so may an answer."""
+    checkpoint, _ = checkpoint_of("LTX-Video")
+    remote = cluster.load(checkpoint, None, host="cluster_hosts:EchoHost")
+    context = torch.randn(1, 300, 256)
+    for _ in range(3):
+        inputs = {"context": context.clone(), "add": 1.0}
+        answer = remote.forward(inputs, ParallelConfig(2, 1))["context"]
+        assert torch.equal(answer, context + 1.0) and torch.equal(inputs["context"], context)
+        answer.zero_()
+    remote.release()
+
+
 def test_a_file_that_the_store_cannot_hold_is_mapped(cluster, checkpoint_of, caplog, monkeypatch):
     checkpoint, untouched = checkpoint_of("LTX-Video")
     model = DiffusersModel.of_checkpoint(checkpoint)
