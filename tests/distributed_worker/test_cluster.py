@@ -180,7 +180,7 @@ def test_a_silent_rank_is_named_and_replaced(cluster, loaded, tmp_path, monkeypa
     fail = {**inputs, "fail": ("hang", 2, str(tmp_path / "hung"))}
     cluster.group.form(ParallelConfig(3, 1))
     match = "no answer within 4 s from rank 0, 1, 2 of 3"
-    with limits(cluster, step_timeout_s=4.0), pytest.raises(WorkerStuck, match=match):
+    with limits(cluster, step_timeout_s=4.0, block_timeout_s=4.0), pytest.raises(WorkerStuck, match=match):
         remote.forward(fail, ParallelConfig(3, 1), repeats=0)
     assert worst_error(remote.forward(fail, ParallelConfig(3, 1)), reference) < 2e-6
 
