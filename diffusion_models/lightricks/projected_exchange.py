@@ -49,9 +49,9 @@ def is_known(attention: nn.Module) -> bool:
 def _digest(code: types.CodeType) -> str:
     try:
         source = textwrap.dedent(inspect.getsource(code))
-    except OSError:
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (OSError, SyntaxError, tokenize.TokenError):  # there is none, or a line of it that is a part of something
         return ""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     words = " ".join(token.string for token in tokens if token.type not in _LAYOUT)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
