@@ -99,9 +99,9 @@ RANK_LOST = (WorkerDied, WorkerStuck)
 """What is no verdict on what was being done: the same may go well with another worker in that one's place."""
 
 
-def first_line(text: object) -> str:
-    """The first line of a message that says something, as far as it is short; "" where there is none."""
-    return next((line.strip() for line in str(text).splitlines() if line.strip()), "")[:300]
+def first_line(text: object, most: int = 300) -> str:
+    """The first line of a message that says something, up to so many characters; "" where there is none."""
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), "")[:most]
 
 
 def listed(items: Sequence[str], most: int = 4, separator: str = ", ") -> str:

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _PING_TIMEOUT_S = 5.0
 _JOIN_TIMEOUT_S = 120.0  # a link that hangs is told from a slow start, which is over by then
+_LONGEST_LINE = 4000  # of the log: what each rank said is in it, and which of them said it first
 _STACK_S = 0.5  # that a worker has to write its stack
 _COLLECTIVE_TIMEOUT = 1.5  # of the longest limit
 
@@ -358,7 +359,7 @@ class RankGroup:
                 is_final = isinstance(error, (RanksFailedAlike, OutOfMemory)) or not isinstance(error, again)
                 if self._ended or is_final or attempt == repeats:
                     raise
-                logger.warning("%s; repeating %s", first_line(error), what)
+                logger.warning("%s; repeating %s", first_line(error, _LONGEST_LINE), what)
                 logger.debug("%s", error)  # with the rank's traceback
         raise AssertionError("unreachable")
 
@@ -381,7 +382,7 @@ class RankGroup:
             except StepCancelled:
                 pass
             except RayLTXError as error:  # nobody waits for that any more; a broken group is noted
-                logger.warning("%s", first_line(error))
+                logger.warning("%s", first_line(error, _LONGEST_LINE))
 
     def _mend(self) -> None:
         """Replace workers that died or do not answer, give the new ones the models, and form the group anew."""

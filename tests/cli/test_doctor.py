@@ -107,6 +107,7 @@ def test_an_exchange_that_gives_something_else_is_found(monkeypatch):
     assert ["report this" in fact.problem for fact in shared_device.exchange_on_one_device(CPU)] == [True]
 
 
+@pytest.mark.slow
 def test_the_report_is_written_whole(tmp_path):
     done = rayltx("doctor", "--workers", "2", "--gpu-report", tmp_path / "report.json")
     assert done.returncode == 0, done.stdout + done.stderr

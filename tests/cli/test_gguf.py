@@ -31,6 +31,7 @@ def generate(checkpoint, out, *more):
     return done.stdout, load_file(out)["video"].double()
 
 
+@pytest.mark.slow
 def test_a_quantised_demo_equals_its_values(demo, tmp_path):
     quantised, plain = demo
     assert quantised.stat().st_size < 0.4 * plain.stat().st_size

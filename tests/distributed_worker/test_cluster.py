@@ -336,6 +336,7 @@ def test_what_differs_between_requests_is_named(cluster):
     assert other.differences(request) == ["workers", "namespace"] and request.differences(request) == []
 
 
+@pytest.mark.slow
 def test_two_clusters_live_side_by_side_and_leave_nothing(cluster, loaded, checkpoint_of):
     remote, inputs, reference = loaded
     script = f"""

@@ -95,7 +95,8 @@ def test_an_end_between_runs_is_noticed_by_the_next(model, caplog):
         assert cluster.driver.session != session
 
 
-@pytest.mark.parametrize("is_sending", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_sending", [False, True])
 def test_a_courier_that_hangs_is_taken_for_ended(model, monkeypatch, caplog, is_sending):
     checkpoint, made, inputs = model
     monkeypatch.setattr("rayltx.distributed_worker.driver.link._SILENT_S", 5.0)
@@ -111,6 +112,7 @@ def test_a_courier_that_hangs_is_taken_for_ended(model, monkeypatch, caplog, is_
         assert processes.processes_of(session) == []
 
 
+@pytest.mark.slow
 def test_signs_of_life_come_while_nothing_is_asked(model, monkeypatch):
     monkeypatch.setattr("rayltx.distributed_worker.driver.link._SILENT_S", 3.0)
     with Cluster.start(ClusterRequest(workers=1)) as cluster:
@@ -150,6 +152,7 @@ def test_what_cannot_be_read_again_is_lost_alone(model, tmp_path, caplog):
         assert torch.equal(other.forward(inputs, TWO)["video"], before["video"])
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_while_it_starts_is_replaced(model):
     checkpoint, made, inputs = model
     with Cluster.start(ClusterRequest(workers=2)) as cluster:
