@@ -57,7 +57,7 @@ with torch.inference_mode():
         reference = picture(whole[version], version, strength)
         errors.append(max(map(relative_error, picture(twin, version, strength), reference)))
         del twin, before
-        if number in (times // 2, times - 1):
+        if number in (times // 2 - 1, times - 1):  # each the second run of its workers, who keep what was sent for the first
             held.append((psutil.Process().num_fds(), psutil.Process().num_threads()))
 Cluster.current().shutdown()
 print(json.dumps([errors, left, held]))
@@ -76,4 +76,4 @@ def test_the_picture_is_comfyuis_after_each_change(comfy, tmp_path):
     print(f"largest error {max(errors):.1e}; descriptors and threads {halfway} to {at_the_end}")
     assert len(errors) == TIMES and max(errors) <= 2e-6
     assert left == 0
-    assert all(after <= before + 2 for before, after in zip(halfway, at_the_end))
+    assert all(after <= before for before, after in zip(halfway, at_the_end))
