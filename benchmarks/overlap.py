@@ -114,7 +114,7 @@ def _comfyui_forward(folder: str, version: str) -> Callable[[SequenceParallelGro
     import comfy.ops
 
     from rayltx.comfy_dist.tiny_checkpoints import model_class
-    from rayltx.diffusion_models.lightricks import comfyui_host
+    from rayltx.diffusion_models.lightricks.comfyui_host import sharded
     from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS
 
     comfy.ldm.modules.attention.optimized_attention = comfy.ldm.modules.attention.attention_pytorch
@@ -139,8 +139,7 @@ def _comfyui_forward(folder: str, version: str) -> Callable[[SequenceParallelGro
     args = ([video, torch.randn(1, 8, 64, 16)], (sigma, sigma)) if has_audio else (video, sigma)
 
     def forward(group: SequenceParallelGroup, projected: bool) -> None:
-        known = comfyui_host.is_known if projected else lambda module: False
-        with mock.patch.object(comfyui_host, "is_known", known), comfyui_host.sharded(model, group):
+        with sharded(model, group, as_projected=projected):
             model(*args, **kwargs)
 
     return forward

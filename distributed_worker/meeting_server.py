@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 
 import torch.distributed as dist
 
+from rayltx.distributed_worker.driver.deadline import called_after
 from rayltx.distributed_worker.step_control import StepControl
 from rayltx.errors import DeviceError, RanksDisagree, StepCancelled
 
@@ -52,7 +53,7 @@ class Place:
             with socket.create_connection((self.host, self.port), timeout_s) as connected:
                 _prepare(connected)
                 connection = Connection(os.dup(connected.fileno()))
-                with _ended_after(connected, timeout_s):
+                with called_after(timeout_s, _shut, connected):
                     answer_challenge(connection, self.secret)
                     deliver_challenge(connection, self.secret)
         except (OSError, EOFError, multiprocessing.AuthenticationError) as error:
@@ -71,18 +72,6 @@ def _prepare(connected: socket.socket) -> None:
     for name, value in options.items():
         if hasattr(socket, name):
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-@contextlib.contextmanager
-def _ended_after(connected: socket.socket, limit_s: float) -> Iterator[None]:
-    """Let what is done within the `with` fail when the time is over, however little comes at a time."""
-    timer = threading.Timer(limit_s, _shut, (connected,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _shut(connected: socket.socket) -> None:
@@ -171,7 +160,7 @@ class MeetingServer:
         try:
             _prepare(connected)
             connection = Connection(os.dup(connected.fileno()))
-            with _ended_after(connected, _PROVE_S):
+            with called_after(_PROVE_S, _shut, connected):  # however little comes at a time
                 deliver_challenge(connection, self.place.secret)
                 answer_challenge(connection, self.place.secret)
         finally:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rayltx.distributed_worker.driver.kept import Kept
 from rayltx.distributed_worker.shared_bytes import Access, Segment, SharedBytes, shared
-from rayltx.distributed_worker.shared_pages import protected_views
+from rayltx.distributed_worker.shared_pages import libc, protected_views
 
 # Smaller tensors travel inside of the message: an object of its own costs about a millisecond.
 INLINE_BYTES = 64 * 2**10
@@ -186,13 +186,9 @@ class KeptTensors:
         return [self._keep(array) for array in arrays]
 
 
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
 def _have_same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     """Of (bytes,) uint8 arrays without gaps. numpy makes an array of as many answers first."""
-    return a.nbytes == b.nbytes and _memcmp(a.ctypes.data, b.ctypes.data, a.nbytes) == 0
+    return a.nbytes == b.nbytes and not libc().memcmp(a.ctypes, b.ctypes, ctypes.c_size_t(a.nbytes))
 
 
 class SentTensors:

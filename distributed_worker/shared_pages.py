@@ -9,6 +9,7 @@ that made it, and no one else's numbers.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import mmap
 import os
@@ -86,13 +87,15 @@ def register_pages_of(tensor: Tensor, kind: DeviceKind) -> bool:
 def _protect(address: int, length: int, protection: int) -> bool:
     if os.name != "posix":
         return False  # no mprotect: the views stay as Ray maps them
-    if _libc().mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), protection):
+    if libc().mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), protection):
         logger.warning("cannot protect %d bytes of shared weights: %s", length, os.strerror(ctypes.get_errno()))
         return False
     return True
 
 
-def _libc() -> ctypes.CDLL:
+@functools.cache
+def libc() -> ctypes.CDLL:
+    """For systems that have one by that name."""
     return ctypes.CDLL(None, use_errno=True)
 
 

@@ -99,29 +99,25 @@ _DIST: Definition = (
         "tooltip": "host:port at which the workers meet. auto: a place of their own, so that nothing collides.",
     },
 )
-_STEP_TIMEOUT: Definition = (
-    "FLOAT",
-    {
-        "default": 1800.0, "min": 1.0, "max": 86400.0, "step": 1.0,
-        "tooltip": "Seconds after the last block that any worker has entered, after which a step is given up in any case.",
-    },
-)  # fmt: skip
-_CALL_TIMEOUT: Definition = (
-    "FLOAT",
-    {
-        "default": 300.0, "min": 1.0, "max": 86400.0, "step": 1.0,
-        "tooltip": "Seconds that workers have to start, to read a part of a file, and for all else that is not a step. Also for "
-        "the first blocks of a step of a new size. More for a slow disk.",
-    },
-)  # fmt: skip
-_BLOCK_TIMEOUT: Definition = (
-    "FLOAT",
-    {
-        "default": 20.0, "min": 1.0, "max": 86400.0, "step": 1.0,
-        "tooltip": "Seconds within which a worker is never taken for stuck in a block. After them it is, if the block takes ten "
-        "times what blocks usually take.",
-    },
-)  # fmt: skip
+
+
+def _seconds(default: float, tooltip: str) -> Definition:
+    return "FLOAT", {"default": default, "min": 1.0, "max": 86400.0, "step": 1.0, "tooltip": tooltip}
+
+
+_STEP_TIMEOUT = _seconds(
+    1800.0, "Seconds after the last block that any worker has entered, after which a step is given up in any case."
+)
+_CALL_TIMEOUT = _seconds(
+    300.0,
+    "Seconds that workers have to start, to read a part of a file, and for all else that is not a step. Also for the first "
+    "blocks of a step of a new size. More for a slow disk.",
+)
+_BLOCK_TIMEOUT = _seconds(
+    20.0,
+    "Seconds within which a worker is never taken for stuck in a block. After them it is, if the block takes ten times what "
+    "blocks usually take.",
+)
 _DEVICE: Definition = (
     ["auto", "cuda", "cpu"],
     {

@@ -27,9 +27,8 @@ from rayltx.sequence_parallel.ulysses import (
     start_scatter_heads,
 )
 
-_MOST_GROUPS = (
-    4  # what is waited for is then a quarter of the way of keys and of outputs; each collective costs by itself, too
-)
+# What is waited for is then a quarter of the way of keys and of outputs; each collective costs by itself, too.
+_MOST_GROUPS = 4
 # What keeps a GPU busy: kernels take the queries of a head in blocks of 128, and a large card has 128 multiprocessors.
 _QUERY_BLOCK = 128
 _LEAST_BLOCKS = 128

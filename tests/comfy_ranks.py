@@ -397,8 +397,7 @@ def projected_answers(path, version, degrees):
     answers = {}
     with torch.inference_mode(), mock.patch.object(comfyui_host, "attend_while_projecting", counting):
         for case in self_test.cases_for(model):
-            with mock.patch.object(comfyui_host, "is_known", lambda module: False):
-                plain = _in_groups(self_test, model, case, group, 1)
+            plain = _in_groups(self_test, model, case, group, 1, as_projected=False)
             assert not calls
             equal = []
             for groups in (1, 2):
@@ -409,11 +408,11 @@ def projected_answers(path, version, degrees):
     return answers
 
 
-def _in_groups(self_test, model, case, group, groups):
+def _in_groups(self_test, model, case, group, groups, as_projected=True):
     from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 
     shared = dataclasses.replace(group, head_groups=groups)
-    with self_test.own_attention_of(model, case), sharded(model, shared):
+    with self_test.own_attention_of(model, case), sharded(model, shared, as_projected=as_projected):
         return self_test.call(model, case, torch.device("cpu"))
 
 

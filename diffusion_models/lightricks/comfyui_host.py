@@ -51,7 +51,7 @@ ROLE = "rayltx_role"
 MASK = "rayltx_self_attention_mask"
 PREFERRED = "rayltx_preferred_attention"
 # - `rayltx_index`, on timesteps that ComfyUI keeps compressed: (n,) int64, the row of each token of this rank;
-# - on the model: the methods that `_ShardedForward.wrappers` names; on each `block.ff`: `forward`;
+# - on the model: the methods that `_ShardedForward.wrappers` names; on each `block.ff` and `block.attn1`: `forward`;
 # - forward hooks, on the attention modules (a block's attributes that `AttentionRole` names) and on `proj_out`;
 # - `input_scale` and a forward hook, on NVFP4 layers without one (see `input_scales`).
 

@@ -13,14 +13,14 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from rayltx.distributed_worker.driver.deadline import called_after
 from rayltx.distributed_worker.driver.processes import end_session, remove_folder
 from rayltx.distributed_worker.driver.protocol import (
     LOCAL,
@@ -68,7 +68,8 @@ class Courier:
         threading.Thread(target=self._read, name="pipe", daemon=True).start()
         threading.Thread(target=self._tell, name="running", daemon=True).start()
         what = "Ray" if start.settings.is_local else f"the Ray cluster at {start.settings.address}"
-        with self._within(start.limit_s, what):
+        late = f"{what} was not there within {start.limit_s:.0f} s"
+        with called_after(start.limit_s, self._end, late):
             store_bytes = self._start_ray(start)
             address = self._address()
         self._send(Started(store_bytes, address))
@@ -90,17 +91,6 @@ class Courier:
         threading.Thread(target=run, name=name, daemon=True).start()
 
     # ---- Ray
-
-    @contextmanager
-    def _within(self, limit_s: float, what: str) -> Iterator[None]:
-        reason = f"{what} was not there within {limit_s:.0f} s"
-        timer = threading.Timer(limit_s, self._end, (reason,))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     def _start_ray(self, start: StartRay) -> int:
         import ray

@@ -289,8 +289,7 @@ class RayDriver:
         try:
             while True:
                 while not run.connection.poll(_LET_GO_S):
-                    if run.released and run.sending.acquire(blocking=False):  # who sends now takes them along
-                        run.sending.release()
+                    if run.released:
                         self._send(run)
                 message = run.connection.recv()
                 run.heard += 1

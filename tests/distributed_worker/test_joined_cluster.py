@@ -49,9 +49,9 @@ def ray_of_others(environment):
             assert line is not None, "Ray did not start"
             yield line.split()[1]
         finally:
-            process.stdin.close()
-            os.kill(process.pid, signal.SIGTERM)
-            process.wait(60)
+            # In one way: an end of its input and a signal at once can leave it waiting for itself.
+            process.kill()
+            process.wait()
             end_session(process.pid)
 
 
