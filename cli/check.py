@@ -24,13 +24,21 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 
 
 def degrees_up_to(workers: int) -> list[ParallelConfig]:
-    """Every ulysses x ring of 1 to `workers` ranks."""
-    return [
-        ParallelConfig(ranks // ring, ring)
+    """Every ulysses x ring x cfg of 1 to `workers` ranks, and one with unequal shares."""
+    configs = [
+        ParallelConfig(ranks // ring // rows, ring, rows)
         for ranks in range(1, workers + 1)
         for ring in range(1, ranks + 1)
-        if ranks % ring == 0
+        for rows in (1, 2)
+        if ranks % (ring * rows) == 0
     ]
+    return [*configs, ParallelConfig(workers, shares=tuple(range(1, workers + 1)))] if workers > 1 else configs
+
+
+def _column(config: ParallelConfig) -> str:
+    degrees = (config.ulysses_degree, config.ring_degree, config.cfg_degree)
+    name = " x ".join(map(str, degrees[: 2 + (config.cfg_degree > 1)]))
+    return f"{name}\n{':'.join(map(str, config.shares))}" if config.shares else name
 
 
 Errors = dict[str, "float | str"]  # by case; what the model said, in place of a number, where it could not be run
@@ -51,13 +59,13 @@ def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None
     title = f"ComfyUI at {comfyui}" if comfyui else "diffusers"
     table = Table(
         box=SIMPLE_HEAD,
-        title=f"Relative error against {title} in one process, float32 (ulysses x ring)",
+        title=f"Relative error against {title} in one process, float32 (ulysses x ring x cfg; shares)",
         title_justify="left",
     )
     table.add_column("model", no_wrap=True)
     table.add_column("case", no_wrap=True)
     for config in configs:
-        table.add_column(f"{config.ulysses_degree} x {config.ring_degree}", justify="right", no_wrap=True)
+        table.add_column(_column(config), justify="right", no_wrap=True)
 
     worst = 0.0
     progress = Progress(console=Console(stderr=True), transient=True)
@@ -72,9 +80,11 @@ def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None
         else:
             found = _diffusers_errors(request, Path(folder), versions, configs, on_config)
         for version, by_config in found:
-            for case in by_config[0]:
-                row = [errors[case] for errors in by_config]
-                worst = max(worst, *(math.inf if isinstance(error, str) else error for error in row))
+            for case in dict.fromkeys(
+                case for errors in by_config for case in errors
+            ):  # some are for several ranks alone
+                row = [errors.get(case) for errors in by_config]
+                worst = max(worst, *(math.inf if isinstance(error, str) else error or 0.0 for error in row))
                 table.add_row(version, case, *map(_cell, row))
     Console(width=max(Console().width, 56 + 10 * len(configs))).print(table)
     exact = worst <= TOLERANCE
@@ -108,7 +118,9 @@ def _check_versions(versions: list[str]) -> None:
         raise InputError(f"model={', '.join(unknown)} must be one of {', '.join(TRANSFORMER_CONFIGS)}")
 
 
-def _cell(error: float | str) -> str:
+def _cell(error: float | str | None) -> str:
+    if error is None:
+        return ""
     if isinstance(error, str):
         return f"[bold red]{error}[/]"
     return f"{error:.1e}" if error <= TOLERANCE else f"[bold red]{error:.1e}[/]"

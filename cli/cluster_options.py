@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rayltx.devices import automatic, kind_of
-from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
+from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices, parse_shares
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -16,6 +16,8 @@ class ClusterOptions:
     workers: int
     ulysses: int
     ring: int
+    cfg_degree: int
+    shares: str
     device: str
     gpus: str
     address: str
@@ -32,7 +34,8 @@ class ClusterOptions:
         workers = self.workers
         if workers == 0:
             workers = len(indices) or kind_of(device).count()
-        config = ParallelConfig.for_workers(workers, self.ulysses, self.ring)
+        config = ParallelConfig.for_workers(workers, self.ulysses, self.ring, self.cfg_degree)
+        config = replace(config, shares=parse_shares("shares", self.shares, workers))
         request = ClusterRequest(
             workers=workers,
             device=device,

@@ -46,6 +46,15 @@ UlyssesOption = Annotated[
 RingOption = Annotated[
     int, typer.Option("--ring", help="Ring degree: groups that pass keys and values around. 0: what is left.")
 ]
+CfgDegreeOption = Annotated[
+    int,
+    typer.Option(
+        "--cfg-degree", help="Groups of ranks for positive and negative conditioning. 0: 2 where the workers are even."
+    ),
+]
+SharesOption = Annotated[
+    str, typer.Option(help='How much each worker gets: "3, 2", or "even". Empty: by the speed of unlike devices.')
+]
 DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is a GPU.")]
 GpusOption = Annotated[str, typer.Option("--gpus", help='GPU numbers such as "0,2"; empty: the first ones.')]
 AddressOption = Annotated[str, typer.Option(help="local: start Ray here; or the address of a Ray cluster.")]
@@ -94,6 +103,8 @@ def generate(
     workers: Workers = 0,
     ulysses: UlyssesOption = 0,
     ring: RingOption = 0,
+    cfg_degree: CfgDegreeOption = 0,
+    shares: SharesOption = "",
     chunks: Annotated[int, typer.Option(help="Feed-forward in so many portions; 0: automatic, 1: at once.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Compute in this; file: as the weights are.")] = Dtype.file,
     device: DeviceOption = Device.auto,
@@ -115,7 +126,9 @@ def generate(
             checkpoint=checkpoint, prompt=prompt, conditioning=conditioning, width=width, height=height, frames=frames,
             frame_rate=frame_rate, steps=steps, sigmas=sigmas, cfg=cfg, seed=seed, chunks=chunks, dtype=dtype.value,
             outputs=output or [Path("output/rayltx.mp4")], verify=verify, comfyui=comfyui,
-            cluster=_cluster_options(workers, ulysses, ring, device, gpus, address, object_store_gb),
+            cluster=_cluster_options(
+                workers, device, gpus, address, object_store_gb, (ulysses, ring, cfg_degree if cfg != 1.0 else 1), shares
+            ),
         )
     )  # fmt: skip
 
@@ -146,7 +159,7 @@ def check(
     """Print the exactness table: every model, rank count and mask against one process, on this machine."""
     from rayltx.cli.check import run_check
 
-    exact = run_check(_cluster_options(workers, 0, 0, device, gpus, "local", 0.0), model or [], comfyui)
+    exact = run_check(_cluster_options(workers, device, gpus), model or [], comfyui)
     if not exact:
         raise typer.Exit(exit_codes.FAILURE)
 
@@ -172,7 +185,7 @@ def doctor(
     from rayltx.cli.doctor import Question, run_doctor
 
     question = Question(checkpoint, comfyui, width, height, frames)
-    healthy = run_doctor(_cluster_options(workers, 0, 0, device, gpus, "local", 0.0), question, gpu_report)
+    healthy = run_doctor(_cluster_options(workers, device, gpus), question, gpu_report)
     if not healthy:
         raise typer.Exit(exit_codes.FAILURE)
 
@@ -196,8 +209,14 @@ def convert(
 
 
 def _cluster_options(
-    workers: int, ulysses: int, ring: int, device: Device, gpus: str, address: str, object_store_gb: float
+    workers: int,
+    device: Device,
+    gpus: str,
+    address: str = "local",
+    object_store_gb: float = 0.0,
+    degrees: tuple[int, int, int] = (0, 0, 1),
+    shares: str = "",
 ) -> ClusterOptions:
     from rayltx.cli.cluster_options import ClusterOptions  # imports torch: not before the arguments are understood
 
-    return ClusterOptions(workers, ulysses, ring, device.value, gpus, address, object_store_gb)
+    return ClusterOptions(workers, *degrees, shares, device.value, gpus, address, object_store_gb)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from pathlib import Path
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.cli.gpu_report.report import check_target, write_report
-from rayltx.devices import CPU, DeviceKind
+from rayltx.devices import CPU
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import LTX_2, ModelShape, StepCost
 from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.device_speed import flops_per_s
 from rayltx.distributed_worker.machine_facts import Fact, machine_facts
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.distributed_worker.worker import LinkReport
@@ -28,8 +27,6 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 _NOTHING_HOST = (
     "rayltx.diffusion_models.lightricks.random_weights:randomise"  # nothing is loaded: an import that is cheap
 )
-_MATRIX, _PRODUCTS, _REPEATS = 2048, 2, 5  # on the CPU
-_GPU_MATRIX, _GPU_PRODUCTS = 8192, 10  # for a launch to count for nothing
 _ELEMENT_BYTES = 2  # of bfloat16
 _AUDIO_TOKENS_PER_FRAME = 126 / 121  # of LTX-2, at 24 frames a second
 
@@ -68,7 +65,7 @@ def run_doctor(options: ClusterOptions, question: Question, gpu_report: Path | N
 
     link: list[Fact] = []
     try:
-        rate = _flops_per_s(request.kind)
+        rate = flops_per_s(request.kind)
     except RuntimeError as error:
         print(f"the first device has no memory to be measured: {str(error).splitlines()[0]}")
         return False
@@ -116,23 +113,6 @@ def _comfyui(root: Path) -> Fact:
         return Fact("ComfyUI", str(root), "there is no ComfyUI in that folder; name the one that has comfy/ in it")
     found = re.search(r"""__version__ = ["'](.+?)["']""", version_file.read_text())
     return Fact("ComfyUI", f"{found[1] if found else 'of an unknown version'} in {root}")
-
-
-def _flops_per_s(kind: DeviceKind) -> float:
-    """Of large matrix products on the first device, in what LTX models compute in there."""
-    dtype = torch.float32 if kind.name == CPU else torch.bfloat16
-    size, products = (_MATRIX, _PRODUCTS) if kind.name == CPU else (_GPU_MATRIX, _GPU_PRODUCTS)
-    matrix = torch.ones(size, size, dtype=dtype, device=kind.name)
-    out, best = torch.empty_like(matrix), float("inf")
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        for _ in range(products):
-            torch.matmul(matrix, matrix, out=out)
-        out[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    del matrix, out
-    kind.give_back_memory()
-    return 2 * products * size**3 / best
 
 
 def _measured(

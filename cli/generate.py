@@ -121,6 +121,7 @@ def _embedded(
     with Cluster.start(request) as cluster:
         with _progress("starting the workers") as (bar, task):
             cluster.workers()
+        config = cluster.group.with_shares(config)
         with _progress(f"loading {Path(checkpoint.path).name}") as (bar, task):
             remote = cluster.load(
                 checkpoint,
@@ -132,7 +133,7 @@ def _embedded(
 
         def sample_on(config: ParallelConfig, on_step: OnStep) -> dict[str, Tensor]:
             forward = functools.partial(remote.forward, config=config)
-            return sample(forward, noise, sigmas, *sides, options.cfg, on_step)
+            return sample(forward, noise, sigmas, *sides, options.cfg, on_step, config.row_groups > 1)
 
         return _sample(sample_on, config, shape, len(sigmas) - 1, options.verify), sigmas
 
@@ -248,7 +249,7 @@ def _conditioning(options: GenerateOptions, is_demo: bool) -> tuple[dict[str, An
 def _describe(config: ParallelConfig) -> str:
     if config.world_size == 1:
         return "1 worker"
-    return f"{config.world_size} workers (ulysses {config.ulysses_degree} x ring {config.ring_degree})"
+    return f"{config.world_size} workers ({config})"
 
 
 def _write(options: GenerateOptions, latents: dict[str, Tensor], is_demo: bool, sigmas: Tensor) -> None:

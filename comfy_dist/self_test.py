@@ -25,7 +25,7 @@ from torch import Tensor
 from rayltx.comfy_dist.comfy_types import DiffusionModel
 from rayltx.comfy_dist.model_spec import has_audio, text_width
 from rayltx.devices import is_out_of_memory
-from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 from rayltx.diffusion_models.lightricks.random_weights import randomise
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, worst_error
 from rayltx.errors import SelfTestError
@@ -84,6 +84,7 @@ class Case:
     reference_audio: bool = False
     generated_keyframes: bool = False
     options: tuple[tuple[str, object], ...] = ()
+    kinds: int = 0  # of conditioning in the batch, as the options say; 0: they say nothing
     own_attention: bool = False  # each layer asks for another attention, as checkpoints of newer ComfyUIs can
 
 
@@ -121,12 +122,29 @@ def case_like(x: object, kwargs: Mapping[str, Any]) -> Case:
         audio=len(streams) > 1 and streams[1].numel() > 0,
         reference_audio="ref_audio" in given,
         generated_keyframes="generated_keyframes" in given,
+        kinds=1,  # as the rows of one sampling: which is which stands in the options that come with it
     )
 
 
 def cases_for(model: DiffusionModel) -> list[Case]:
     possible = [case for case in CASES if has_audio(model) or case.name not in _AUDIO_CASES]
     return [case for case in possible if not case.own_attention or _choosing_layers(model)]
+
+
+def of_row_groups(group: SequenceParallelGroup) -> list[Case]:
+    """Batches whose rows go to as many groups of ranks as there can be: clips of one conditioning each, and of two."""
+    return [
+        Case(
+            f"{groups} rows{' of two kinds' if kinds > 1 else ''}",
+            batch=groups,
+            text_mask=True,
+            mask="mixed",
+            kinds=kinds,
+        )
+        for groups in group.row_groups
+        for kinds in (1, 2)
+        if groups % kinds == 0
+    ]
 
 
 def _choosing_layers(model: DiffusionModel) -> list[Any]:
@@ -174,8 +192,11 @@ def forward_arguments(
     else:
         height, width = _HEIGHT, _WIDTH
     video = randn(batch, model.in_channels, frames, height, width)
-    sigma = torch.linspace(0.6, 0.9, batch).to(device)
+    # Rows of one sampling have one sigma, by which they may go to different ranks.
+    sigma = torch.linspace(0.75 if case.kinds else 0.6, 0.75 if case.kinds else 0.9, batch).to(device)
     kwargs: dict[str, Any] = {"frame_rate": _FRAME_RATE, "transformer_options": dict(case.options)}
+    if case.kinds:
+        kwargs["transformer_options"].update(cond_or_uncond=list(range(case.kinds)), uuids=list(range(case.kinds)))
     kwargs["context"] = randn(batch, _TEXT_TOKENS, text_width(model))
     kwargs["attention_mask"] = None
     if case.text_mask:
@@ -211,6 +232,8 @@ def _denoise_mask(case: Case, batch: int, frames: int, height: int, width: int) 
         mask[:, :, 0] = 0.0
     elif case.mask == "space":
         mask[:, :, 1, 1:, 2:4] = 0.3
+    elif case.mask == "mixed":
+        mask[::2, :, 0] = 0.0
     if case.guides:
         mask[:, :, -case.guides :] = 1.0 - min(case.guide_strength, 1.0)
         if case.dilated:  # only every second row and column holds a token; -1 takes the others out of the sequence
@@ -263,7 +286,7 @@ def errors_by_case(
 ) -> dict[str, float | str]:
     """The relative error of each case, sharded over the group against whole in one process.
 
-    model: any ComfyUI LTX model; a tiny one, because the whole runs on every rank too. as_projected: see `sharded`.
+    model: any ComfyUI LTX model; a tiny one, because the whole runs on every rank too. as_projected: see `shared`.
     Returns the errors on rank 0, in place of one what the model said when it could not be sharded at all; elsewhere they
     mean nothing. A case that the model does not run whole either is left out: there is no picture of it to be had. Raises
     SelfTestError if it runs none. Collective.
@@ -271,9 +294,9 @@ def errors_by_case(
     errors: dict[str, float | str] = {}
     refused = ""
     with torch.inference_mode(), ieee_float32():
-        for number, case in enumerate(cases_for(model)):
+        for number, case in enumerate([*cases_for(model), *of_row_groups(group)]):
             # In turn with all heads at once and in groups, as large videos have them.
-            shared = dataclasses.replace(group, head_groups=1 + number % 2)
+            in_turn = dataclasses.replace(group, head_groups=1 + number % 2)
             try:
                 with own_attention_of(model, case):
                     whole = call(model, case, device)
@@ -284,7 +307,7 @@ def errors_by_case(
                 logger.warning("%s is not tried: ComfyUI's own model does not run it (%s)", case.name, refused)
                 continue
             try:
-                with own_attention_of(model, case), sharded(model, shared, as_projected=as_projected):
+                with own_attention_of(model, case), shared(model, in_turn, as_projected=as_projected):
                     in_shards = call(model, case, device)
             except Exception as error:  # whatever an unknown model says to being sharded is the verdict
                 logger.info("%s cannot be sharded: %s", case.name, traceback.format_exc())

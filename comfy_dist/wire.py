@@ -21,8 +21,16 @@ class LoadInputs:
     run: int  # the number of the sampling run: in another, something else may have taken the weights' place
     latent_shape: list[int]  # of what is sampled, by which ComfyUI estimates memory
     weight_budget: int  # bytes of weights on the device at most, the rest is streamed; 0: as many as fit
-    world_size: int  # ranks that share the estimate
+    share: float  # of the estimate, that a rank holds
     sharing_bytes: int = 0  # what a rank needs besides its share of it
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model with patches is shared, exactly. Read by the seam."""
+
+    gathered: tuple[str, ...] = ()  # modules that are shown all tokens
+    rows_apart: bool = True  # whether rows of a batch go to different ranks, where the degrees say so
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class StepInputs:
     options_key: str  # read by `ComfyModel`: which of the options that it keeps go with them
     hooks_key: str | None  # read by `ComfyModel`: which of the hooks that it keeps are on; None: none
     load: LoadInputs
-    gathered: tuple[str, ...] = ()  # read by the seam: modules that are shown all tokens
+    way: Way = Way()
 
 
 @dataclass(frozen=True)

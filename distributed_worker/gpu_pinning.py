@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 
-from rayltx.errors import DeviceError
+from rayltx.errors import DeviceError, ParallelConfigError
 
+_EVEN = "even"
 _INDEX_LIST = re.compile(r"\s*\d+\s*(,\s*\d+\s*)*,?\s*")
 
 
@@ -19,6 +21,27 @@ def parse_gpu_indices(text: str) -> tuple[int, ...]:
     if len(set(indices)) < len(indices):
         raise DeviceError(f'gpu_indices="{text}" names a GPU twice; each worker needs its own')
     return indices
+
+
+def parse_shares(name: str, text: str, workers: int) -> tuple[float, ...]:
+    """How much of the work each worker gets, from a list such as "3, 2"; "even" for all alike; () for an empty one.
+
+    name: of what was given, for messages. Raises ParallelConfigError for anything else.
+    """
+    if not text.strip():
+        return ()
+    if text.strip() == _EVEN:
+        return (1.0,) * workers
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if len(shares) != workers or not all(0 < share < math.inf for share in shares):
+        raise ParallelConfigError(
+            f'{name}="{text}" must be {workers} numbers above 0 separated by commas, one for each worker, such as '
+            f'"{", ".join(["3", *["2"] * (workers - 1)])}"; or "{_EVEN}"; or empty, to go by the speed of unlike cards'
+        )
+    return shares
 
 
 def assign_gpus(workers: int, indices: tuple[int, ...], visible: tuple[str, ...]) -> tuple[str, ...]:

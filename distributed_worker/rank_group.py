@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rayltx.distributed_worker.device_speed import shares_by_speed
 from rayltx.distributed_worker.driver.kept import Kept
 from rayltx.distributed_worker.driver.link import Answer, RayDriver
 from rayltx.distributed_worker.machine_record import MachineRecord
@@ -90,6 +91,7 @@ class RankGroup:
         self._poll: Callable[[], None] | None = None
         self._start_failed = self._ray_hangs = False
         self._meetings = Meetings(driver, request.group_address)
+        self._shares: dict[tuple[str, ...], tuple[float, ...]] = {}  # by what the ranks' devices are
         self.link_report: LinkReport | None = None  # of the group that last formed, as rank 0 found it
 
     @property
@@ -298,6 +300,24 @@ class RankGroup:
             self._mend()
         elif config != self._config:
             self._join(config)
+
+    def with_shares(self, config: ParallelConfig) -> ParallelConfig:
+        """The config with shares by the devices' speeds, if they are unlike and it has none. Waits for the workers."""
+        ranks = range(config.world_size)
+        descriptions = tuple(worker.device_description for worker in self.workers()[: len(ranks)])
+        if config.shares or len(set(descriptions)) == 1:
+            return config
+        if descriptions not in self._shares:
+
+            def measured() -> dict[int, float]:
+                self.ensure_whole()
+                return self.run_on(ranks, ask(Worker.speed), "measuring the devices")
+
+            speeds = self.repeated(measured, "measuring the devices")
+            self._shares[descriptions] = shares_by_speed([speeds[rank] for rank in ranks])
+            told = ", ".join(f"{speeds[rank] / 1e12:.1f} on rank {rank}" for rank in ranks)
+            logger.info("unlike devices (TFLOP/s: %s): shares %s", told, self._shares[descriptions] or "alike")
+        return dataclasses.replace(config, shares=self._shares[descriptions])
 
     def _join(self, config: ParallelConfig) -> None:
         """Form the group, with peer-to-peer copies off where the ranks cannot reach each other otherwise."""

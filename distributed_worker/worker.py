@@ -22,6 +22,7 @@ from ray import cloudpickle
 
 from rayltx.devices import CPU, kind_of
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.distributed_worker.device_speed import flops_per_s
 from rayltx.distributed_worker.failure_watch import FailureWatch, abort_group
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.host import Host
@@ -122,6 +123,11 @@ class Worker:
     def memory(self) -> int:
         """This process's share of physical memory in bytes: PSS, which counts a shared page once among its users."""
         return psutil.Process().memory_full_info().pss
+
+    @individual
+    def speed(self) -> float:
+        """Multiplications and additions a second of this worker's device."""
+        return flops_per_s(self._device)
 
     # ---- the process group
 

@@ -32,12 +32,20 @@ _GPU_INDICES: Definition = (
         "They count within CUDA_VISIBLE_DEVICES. Empty: the first ones.",
     },
 )
+_GPU_SHARES: Definition = (
+    "STRING",
+    {
+        "default": "",
+        "tooltip": 'How much of a video each GPU works on: numbers separated by commas, such as "3, 2", or "even". Empty: by the '
+        "measured speed where the GPUs are unlike, else even.",
+    },
+)
 _ULYSSES: Definition = (
     "INT",
     {
         "default": 2, "min": 0, "max": MAX_WORKERS,
-        "tooltip": "Workers that trade tokens for attention heads. ulysses_degree x ring_degree is the number of GPUs. "
-        "0: what ring_degree leaves.",
+        "tooltip": "Workers that trade tokens for attention heads. The product of all degrees is the number of GPUs. "
+        "0: what the others leave.",
     },
 )  # fmt: skip
 _RING: Definition = (
@@ -45,14 +53,24 @@ _RING: Definition = (
     {
         "default": 1, "min": 0, "max": MAX_WORKERS,
         "tooltip": "Workers that pass keys and values around. Moves more bytes than Ulysses; leave it at 1, unless there are "
-        "more GPUs than attention heads. 0: what ulysses_degree leaves.",
+        "more GPUs than attention heads. 0: what the others leave.",
     },
 )  # fmt: skip
-_CFG: Definition = ("INT", {"default": 1, "min": 0, "max": 2, "tooltip": "Must be 1: all GPUs share every step."})
+_CFG: Definition = (
+    "INT",
+    {
+        "default": 1, "min": 0, "max": MAX_WORKERS,
+        "tooltip": "Groups of GPUs for positive and negative conditioning: 2 moves the fewest bytes where cfg is not 1. All GPUs "
+        "share what comes by itself. 0: 2 where the number of GPUs allows it.",
+    },
+)  # fmt: skip
 _DP: Definition = (
     "INT",
-    {"default": 1, "min": 0, "max": MAX_WORKERS, "tooltip": "Must be 0 or 1: one video at a time."},
-)
+    {
+        "default": 1, "min": 0, "max": MAX_WORKERS,
+        "tooltip": "Groups of GPUs for the clips of a batch. All GPUs share a single clip. 0: as 1.",
+    },
+)  # fmt: skip
 _SYNC: Definition = (
     "BOOLEAN",
     {"default": False, "tooltip": "Kept for graphs made with Raylight. The exchange always waits for what it needs."},
@@ -237,6 +255,7 @@ class RayInitializerAdvanced(RayInitializer):
                 "step_timeout_s": _STEP_TIMEOUT,
                 "call_timeout_s": _CALL_TIMEOUT,
                 "block_timeout_s": _BLOCK_TIMEOUT,
+                "gpu_shares": _GPU_SHARES,
             },
         }
 

@@ -15,7 +15,7 @@ def exchange_bytes(config: ParallelConfig, num_tokens: int, batch: int, width: i
 
     num_tokens: of the whole sequence. width: of all heads together. element_bytes: of the dtype that is exchanged.
     """
-    elements = -(-num_tokens // config.world_size) * batch * width
+    elements = max(config.token_sizes(num_tokens).sizes) * batch * width
     ulysses = _ULYSSES_COPIES * element_bytes if config.ulysses_degree > 1 else 0
     ring = _RING_COPIES * element_bytes + _RING_SUMS * _SUM_BYTES if config.ring_degree > 1 else 0
     # The ring begins when what was sent is gone, and what has arrived is not.

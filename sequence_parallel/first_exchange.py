@@ -44,18 +44,19 @@ def check_exchange(group: SequenceParallelGroup, device: torch.device, num_bytes
     """
     assert group.world is not None, "a group of one rank exchanges nothing"
     complaints = []
-    if group.ulysses is not None and not _trades_heads(group.ulysses, device):
-        complaints.append("trading tokens for heads (all-to-all)")
-    if group.ring is not None and not _passes_on(group.ring, device):
-        complaints.append("passing on to the next rank (send and receive)")
-    if not _gathers(group.world, device):
-        complaints.append("gathering (all-to-all)")
+    for part in (group, *group.row_groups.values()):
+        if part.ulysses is not None and not _trades_heads(part.ulysses, device):
+            complaints.append("trading tokens for heads (all-to-all)")
+        if part.ring is not None and not _passes_on(part.ring, device):
+            complaints.append("passing on to the next rank (send and receive)")
+        if part.world is not None and not _gathers(part.world, device):
+            complaints.append("gathering (all-to-all)")
     if not _carries_bulk(group.world, device, num_bytes):
         complaints.append(f"messages of {num_bytes // group.world_size} bytes")
     report = _timed(group.world, device, num_bytes)
     if complaints:
         raise ExchangeError(
-            f"rank {group.rank} received other numbers than were sent, in {' and in '.join(complaints)}"
+            f"rank {group.rank} received other numbers than were sent, in {' and in '.join(dict.fromkeys(complaints))}"
         )
     return report
 

@@ -1,9 +1,11 @@
-"""The process groups of sequence parallelism."""
+"""The process groups in which ranks share a batch, and a sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -21,6 +23,7 @@ class SequenceParallelGroup:
     """One rank's view of the ranks that share a sequence.
 
     The process groups are None where they would have one member: no collective is called then.
+    row_groups: this rank's part of these ranks, where so many groups of them share the rows of a batch (see `batch_rows`).
     at_block: what a host calls before each transformer block, on every rank alike. It may raise, on every rank alike.
     """
 
@@ -30,6 +33,7 @@ class SequenceParallelGroup:
     ulysses: ProcessGroup | None = None
     ring: ProcessGroup | None = None
     head_groups: int = 0  # in how many groups a rank's heads travel; 0: by the shape
+    row_groups: Mapping[int, SequenceParallelGroup] = field(default_factory=dict)
     at_block: Callable[[], None] = field(default=_go_on, compare=False)
 
     @property
@@ -49,32 +53,66 @@ class SequenceParallelGroup:
         """The group of one rank. Needs no initialised torch.distributed."""
         return cls(ParallelConfig(), rank=0)
 
+    def row_group(self, groups: int) -> SequenceParallelGroup:
+        """The ranks with which this one shares tokens, where so many groups share a batch's rows."""
+        return dataclasses.replace(self.row_groups[groups], head_groups=self.head_groups, at_block=self.at_block)
+
     @classmethod
     def create(cls, config: ParallelConfig) -> SequenceParallelGroup:
         """Build the groups of the default process group.
 
+        Returns that in which all ranks share a sequence, with those for the rows of a batch.
         Collective: every rank must call it with the same config.
         Raises ParallelConfigError if the degrees do not multiply to the number of ranks.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if config.world_size != world_size:
             raise ParallelConfigError(
-                f"ulysses_degree={config.ulysses_degree} x ring_degree={config.ring_degree} = {config.world_size}, "
-                f"but there are {world_size} ranks: the product of the degrees must be the number of ranks"
+                f"{config} = {config.world_size}, but there are {world_size} ranks: the product of the degrees must be the "
+                "number of ranks"
             )
-        world = dist.group.WORLD if world_size > 1 else None
-        if config.ring_degree == 1:
-            return cls(config, rank, world, ulysses=world)
-        if config.ulysses_degree == 1:
-            return cls(config, rank, world, ring=world)
-        ulysses = ring = None
+        row_groups = {}
+        for groups in config.row_divisions[1:]:
+            size = world_size // groups
+            for index in range(groups):
+                ranks = list(range(index * size, (index + 1) * size))
+                meshes = _Meshes.create(config.of_group(groups, index), ranks)
+                if rank in ranks:
+                    row_groups[groups] = cls(config.of_group(groups, index), rank - ranks[0], *meshes)
+        of_all = config.of_group(1)
+        return cls(of_all, rank, *_Meshes.create(of_all, list(range(world_size))), row_groups=row_groups)
+
+
+class _Meshes(NamedTuple):
+    """Of one rank, in the order of `SequenceParallelGroup`."""
+
+    world: ProcessGroup | None
+    ulysses: ProcessGroup | None
+    ring: ProcessGroup | None
+
+    @classmethod
+    def create(cls, config: ParallelConfig, ranks: Sequence[int]) -> _Meshes:
+        """Of neighbouring ranks. Every rank creates every group, also those that it has no part in, in the same order."""
+        world = _new_group(ranks)
         degree = config.ulysses_degree
-        for ring_rank in range(config.ring_degree):  # every rank creates every group, in the same order
-            ranks = list(range(ring_rank * degree, (ring_rank + 1) * degree))
-            created = dist.new_group(ranks)
-            ulysses = created if rank in ranks else ulysses
-        for ulysses_rank in range(degree):
-            ranks = list(range(ulysses_rank, world_size, degree))
-            created = dist.new_group(ranks)
-            ring = created if rank in ranks else ring
-        return cls(config, rank, world, ulysses, ring)
+        if config.ring_degree == 1:
+            return cls(world, world, None)
+        if degree == 1:
+            return cls(world, None, world)
+        parts = [_new_group(ranks[start : start + degree]) for start in range(0, len(ranks), degree)]
+        across = [_new_group(ranks[start::degree]) for start in range(degree)]
+        return cls(world, _one_of(parts), _one_of(across))
+
+
+def _new_group(ranks: Sequence[int]) -> ProcessGroup | None:
+    """None where this rank has no part in it, or is alone."""
+    if len(ranks) == 1:
+        return None
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    created = dist.new_group(list(ranks))
+    return created if dist.get_rank() in ranks else None
+
+
+def _one_of(groups: Sequence[ProcessGroup | None]) -> ProcessGroup | None:
+    return next((group for group in groups if group is not None), None)

@@ -75,7 +75,7 @@ class SelfAttentionExchange:
         self._group = group
         self._partition = partition
         self._tokens = Partition(partition.chunk_sizes(group.ring_rank))
-        self._heads = Partition.even(num_heads, group.config.ulysses_degree)
+        self._heads = group.config.head_sizes(num_heads)
         count = 1
         if in_groups and group.ulysses is not None and group.ring is None:
             fewest = min(self._heads.sizes)

@@ -253,7 +253,7 @@ def disguised_cases(path, version, degrees):
 
     args.use_pytorch_cross_attention = True
     from rayltx.comfy_dist import self_test
-    from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+    from rayltx.diffusion_models.lightricks.comfyui_rows import shared
     from rayltx.diffusion_models.lightricks.relative_error import relative_error
 
     group = SequenceParallelGroup.create(ParallelConfig(*degrees))
@@ -261,7 +261,7 @@ def disguised_cases(path, version, degrees):
     # Not in inference mode, which goes past a tensor's own dispatch.
     with torch.inference_mode(False), torch.no_grad():
         model = self_test.tiny_model(model_class(version), CONFIGS[version], cpu)
-        cases = self_test.cases_for(model)
+        cases = [*self_test.cases_for(model), *self_test.of_row_groups(group)]
         references = {case.name: self_test.call(model, case, cpu) for case in cases}
         disguise.disguise(model)
 
@@ -280,8 +280,34 @@ def disguised_cases(path, version, degrees):
         for case in cases:
             whole_error, of_whole = run(case, contextlib.nullcontext())
             assert whole_error < 1e-5, "the device itself"
-            found[case.name] = (*run(case, sharded(model, group)), of_whole)
+            found[case.name] = (*run(case, shared(model, group)), of_whole)
         return found
+
+
+def rows_in_blocks(path, version, degrees):
+    """By case, (rows, video tokens) that this rank's blocks see, of batches of rows with one sigma."""
+    from comfy_models import CONFIGS, model_class, set_up_comfyui
+
+    set_up_comfyui(path)
+    from rayltx.comfy_dist.self_test import Case, call, tiny_model
+    from rayltx.diffusion_models.lightricks.comfyui_rows import shared
+
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    model = tiny_model(model_class(version), CONFIGS[version], torch.device("cpu"))
+    cases = [Case(f"{batch} rows", batch=batch, kinds=1) for batch in (1, 2, 3, 4)]
+    found = {}
+    with torch.inference_mode():
+        for case in [*cases, Case("unlike sigmas", batch=2)]:
+            seen = []
+
+            def watch(x, *args, seen=seen, blocks=model._process_transformer_blocks, **kwargs):
+                seen.append(tuple((x[0] if isinstance(x, (list, tuple)) else x).shape[:2]))
+                return blocks(x, *args, **kwargs)
+
+            with mock.patch.object(model, "_process_transformer_blocks", watch), shared(model, group):
+                call(model, case, torch.device("cpu"))
+            found[case.name] = seen
+    return found
 
 
 def kernel_differences(path, version, degrees, dtype, wrong_kernel=False):

@@ -88,7 +88,7 @@ def _compared(
     """(error of self-attention, error of few queries over all keys), which count on rank 0."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, tokens, heads, width, generator=generator).to(device, dtype) for _ in range(3))
-    partition = TokenPartition.even(tokens, group.config)
+    partition = TokenPartition.of(tokens, group.config)
     local = partition.local(group.rank)
     exchange = SelfAttentionExchange(group, partition, heads)
     value, query, key = (exchange.send(x[:, local].contiguous()) for x in (v, q, k))

@@ -139,7 +139,7 @@ class DeviceMemory:
             run=self._run,
             latent_shape=self.latent_shape,
             weight_budget=self._model.placement.weight_budget,
-            world_size=self._model.placement.config.world_size,
+            share=self._model.placement.config.largest_share,
             sharing_bytes=self.bytes_of_sharing(self.latent_shape),
         )
         return inputs if saving is None else saving.load(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,12 @@ from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.devices import CPU, KINDS, kind_of
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.driver.protocol import LOCAL
-from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices
+from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices, parse_shares
 from rayltx.distributed_worker.machine_checks import check_machine
 from rayltx.distributed_worker.machine_facts import log_line
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import DeviceError, InputError, ParallelConfigError, UnsupportedError
-from rayltx.sequence_parallel.partition import ParallelConfig
+from rayltx.sequence_parallel.partition import DEGREES, ParallelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class InitializerSettings:
     step_timeout_s: float = ClusterRequest.step_timeout_s
     call_timeout_s: float = ClusterRequest.call_timeout_s
     block_timeout_s: float = ClusterRequest.block_timeout_s
+    gpu_shares: str = ""
     device: str = AUTOMATIC  # what ComfyUI itself runs on
     expected_order: str = ""  # of the node's widgets, for the message when they look shifted
 
@@ -69,11 +71,11 @@ class InitializerSettings:
         if device != CPU and self.ray_cluster_address == LOCAL:
             self._check_gpus(device, workers)
         try:
-            config = ParallelConfig.for_workers(workers, self.ulysses_degree, self.ring_degree)
+            config = ParallelConfig.for_workers(workers, *self._degrees())
+            config = dataclasses.replace(config, shares=parse_shares("gpu_shares", self.gpu_shares, workers))
         except ParallelConfigError as error:
-            raise ParallelConfigError(
-                f"GPU={self.GPU}, ulysses_degree={self.ulysses_degree}, ring_degree={self.ring_degree}: {error}"
-            ) from error
+            named = ", ".join(f"{name}={degree}" for name, degree in zip(DEGREES, self._degrees()))
+            raise ParallelConfigError(f"GPU={self.GPU}, {named}: {error}") from error
         if self.ray_object_store_gb < 0:
             raise DeviceError(f"ray_object_store_gb={self.ray_object_store_gb} must not be negative; 0 is automatic")
         environment = ComfyEnvironment.of_this_process()
@@ -99,17 +101,11 @@ class InitializerSettings:
         check_machine(request)
         return Placement(request, config, self.clear_vram_after_sampling)
 
+    def _degrees(self) -> tuple[int, int, int, int]:
+        """In the order of `ParallelConfig`. cfg_degree was a switch once."""
+        return self.ulysses_degree, self.ring_degree, int(self.cfg_degree) + (self.cfg_degree is True), self.dp_degree
+
     def _refuse_what_is_not_here(self) -> None:
-        if self.cfg_degree > 1:
-            raise UnsupportedError(
-                f"cfg_degree={self.cfg_degree}: running positive and negative on different GPUs is not implemented; set "
-                "cfg_degree to 1, and give these GPUs to ulysses_degree"
-            )
-        if self.dp_degree > 1:
-            raise UnsupportedError(
-                f"dp_degree={self.dp_degree}: several clips at once are not implemented; set dp_degree to 1, and give these "
-                "GPUs to ulysses_degree"
-            )
         for name in ("FSDP", "FSDP_CPU_OFFLOAD"):
             if getattr(self, name):
                 order = f" If the values of this node look shifted, the order is: {self.expected_order}."
@@ -142,7 +138,7 @@ class InitializerSettings:
     def _default_workers(self, device: str) -> int:
         if device != CPU:
             return max(1, kind_of(device).count())
-        return max(1, self.ulysses_degree) * max(1, self.ring_degree)
+        return math.prod(max(1, degree) for degree in self._degrees())
 
     def _check_gpus(self, device: str, workers: int) -> None:
         visible = kind_of(device).count()

@@ -49,4 +49,4 @@ def bytes_of_sharing(
     whole += replicated.audio_tokens * _AUDIO_TENSORS * audio_width
     # ComfyUI's estimate has them once; a share of it, a share of them.
     missing = whole * batch * element_bytes * (config.world_size - 1) // config.world_size
-    return exchange_bytes(config, tokens, batch, model.inner_dim, element_bytes) + missing
+    return exchange_bytes(config.of_group(1), tokens, batch, model.inner_dim, element_bytes) + missing

@@ -2,7 +2,8 @@
 
 A patch that treats each token by itself runs on a rank's tokens like the model. One that counts tokens, or attends by its own
 means, would give another picture without a word. So the workers compare, with the patches on, before the first step. Where
-that differs, and the patches sit on modules, the modules are shown all tokens, and are proved again. What is left is refused.
+that differs, all ranks share the rows that were to go to different ones; and where patches sit on modules, the modules are
+shown all tokens. Each is proved again. What is left is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rayltx.comfy_dist.comfy_types import Options
 from rayltx.comfy_dist.main_process.forwarding import MODEL_PREFIX, OPTION_PATCHES
 from rayltx.comfy_dist.model_spec import OWN_ATTENTION, TEXT_MODULES
 from rayltx.comfy_dist.self_test import Case
-from rayltx.comfy_dist.wire import Difference, PatchState
+from rayltx.comfy_dist.wire import Difference, PatchState, Way
 from rayltx.diffusion_models.lightricks.roles import AttentionRole
 from rayltx.distributed_worker.messages import INLINE_BYTES, Message
 from rayltx.errors import RanksDisagree, RanksFailedAlike, UnsupportedError, listed
@@ -31,8 +32,8 @@ _FEED_FORWARD = "ff"
 _MOST_TOKENS = 4096  # of a step that is tried whole on one device
 _CAN_BE_SHOWN_ALL = {role.value for role in AttentionRole} | {_FEED_FORWARD}
 
-Try = Callable[["Case | None", tuple[str, ...]], "Difference | str"]
-"""(small inputs or None for the step's own, modules that are shown all tokens) -> as `ComfyHost.patch_test`."""
+Try = Callable[["Case | None", Way], "Difference | str"]
+"""(small inputs or None for the step's own, how they are shared) -> as `ComfyHost.patch_test`."""
 
 
 def names_of_patches(state: PatchState, options: Options) -> list[str]:
@@ -103,41 +104,54 @@ class PatchProofs:
     """What has been proved on some workers."""
 
     def __init__(self) -> None:
-        self._proved: dict[Hashable, tuple[str, ...]] = {}
+        self._proved: dict[Hashable, Way] = {}
 
-    def known(self, patched: Patched) -> tuple[str, ...] | None:
-        """The modules to show all tokens, if these patches have been proved."""
+    def known(self, patched: Patched) -> Way | None:
+        """How these patches are shared, if they have been proved."""
         return self._proved.get(patched.key)
 
-    def prove(self, patched: Patched, attempt: Try) -> tuple[str, ...]:
-        """Returns the modules to show all tokens. Raises UnsupportedError, by the patches' names, if nothing is equal."""
+    def prove(self, patched: Patched, attempt: Try) -> Way:
+        """Returns how the patches are shared. Raises UnsupportedError, by their names, if nothing is equal."""
         started = time.monotonic()
         named = listed(patched.names)
-        found = _tried(attempt, patched, ())
-        modules: tuple[str, ...] = ()
-        if isinstance(found, str) or not found.is_rounding:
-            modules = modules_to_show_all(patched.state)
-            shown = _tried(attempt, patched, modules) if modules else found
-            if isinstance(shown, str) or not shown.is_rounding:
-                raise UnsupportedError(_refusal(named, found, patched.config))
+        at_first: Difference | str = ""
+        for way in _ways(patched):
+            found = _tried(attempt, patched, way)
+            if not isinstance(found, str) and found.is_rounding:
+                break
+            at_first = at_first or found
+        else:
+            raise UnsupportedError(_refusal(named, at_first, patched.config))
+        if not way.rows_apart:
+            logger.warning(
+                "%s: looks at more than one row of the batch at a time, so all ranks share each row: exact, and slower than with "
+                "rows on different GPUs", named,
+            )  # fmt: skip
+        if way.gathered:
             logger.warning(
                 "%s: looks at more than one token at a time, so %d modules run on all tokens on every rank: exact, and not "
-                "faster there than on one GPU", named, len(modules),
+                "faster there than on one GPU", named, len(way.gathered),
             )  # fmt: skip
-            found = shown
         logger.info(
             "%s: exact on %d ranks (%.1e of %.1e that rounding accounts for, %.1f s)",
             named, patched.config.world_size, found.error, found.allowed, time.monotonic() - started,
         )  # fmt: skip
-        self._proved[patched.key] = modules
-        return modules
+        self._proved[patched.key] = way
+        return way
 
 
-def _tried(attempt: Try, patched: Patched, modules: tuple[str, ...]) -> Difference | str:
+def _ways(patched: Patched) -> list[Way]:
+    """How patches can be shared, the fastest first."""
+    rows = (True, False) if patched.config.row_groups > 1 and patched.case.batch > 1 else (True,)
+    modules = modules_to_show_all(patched.state)
+    return [Way(shown, apart) for shown in ([(), modules] if modules else [()]) for apart in rows]
+
+
+def _tried(attempt: Try, patched: Patched, way: Way) -> Difference | str:
     """On small inputs, or on the step's own where a patch does not take such, and one device can do them whole."""
     try:
-        found = attempt(patched.case, modules)
-        return attempt(None, modules) if isinstance(found, str) and patched.own_inputs_are_small else found
+        found = attempt(patched.case, way)
+        return attempt(None, way) if isinstance(found, str) and patched.own_inputs_are_small else found
     except (RanksDisagree, RanksFailedAlike) as error:
         return str(error).splitlines()[0]
 
@@ -149,6 +163,6 @@ def _refusal(named: str, found: Difference | str, config: ParallelConfig) -> str
         difference = f"would differ by {found.error:.1e} of itself (rounding accounts for {found.allowed:.1e})"
     return (
         f"a patch looks at more than one video token at a time, and each of {config.world_size} GPUs holds a part of them: with "
-        f"{named}, the model's answer {difference}. Remove the node that adds it, or set GPU, ulysses_degree and ring_degree "
-        "to 1 for this graph"
+        f"{named}, the model's answer {difference}. Remove the node that adds it, or set GPU and all degrees to 1 for "
+        "this graph"
     )

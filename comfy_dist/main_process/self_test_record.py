@@ -173,8 +173,8 @@ def verdict_key(spec: ComfySpec, base_model: BaseModel, placement: Placement, wo
     unet_config = {k: v for k, v in base_model.model_config.unet_config.items() if k != "dtype"}
     devices = [worker.device_description for worker in workers[: config.world_size]]
     rest = (
-        spec.version, VERSION, torch.__version__, model_class.__name__, as_text(unet_config), config.ulysses_degree,
-        config.ring_degree, devices, _kernel_arguments(placement),
+        spec.version, VERSION, torch.__version__, model_class.__name__, as_text(unet_config), as_text(vars(config)),
+        devices, _kernel_arguments(placement),
         dtype_name(spec), spec.fp8_optimizations, spec.weight_kinds,
         sorted((name, value) for name, value in os.environ.items() if name.startswith(_COLLECTIVES_VARIABLES)),
     )  # fmt: skip

@@ -307,7 +307,7 @@ def _share_memory_estimate(base_model: BaseModel, link: WorkerLink) -> None:
 
     def memory_required(input_shape: Sequence[int], *args: object, **kwargs: object) -> float:
         link.memory.latent_shape = list(input_shape)
-        share = whole(input_shape, *args, **kwargs) / link.placement.config.world_size
+        share = whole(input_shape, *args, **kwargs) * link.placement.config.largest_share
         return share + link.memory.bytes_of_sharing(link.memory.latent_shape)
 
     base_model.memory_required = memory_required

@@ -51,6 +51,7 @@ from rayltx.comfy_dist.wire import (
     SentPatches,
     StepInputs,
     TextInputs,
+    Way,
 )
 from rayltx.diffusion_models.lightricks.comfyui_host import OVERRIDE
 from rayltx.distributed_worker.cluster import Cluster
@@ -160,8 +161,9 @@ class WorkerLink:
             self.cluster, self.remote = cluster, cluster.load_source(self.remote.source)
             self._sent_patches = self._sent_options = None
             self.hooks, self._proofs = SentHooks(self.remote), PatchProofs()
-        self.placement = placement
         with cluster.group.polling(raise_if_cancelled):
+            placement = dataclasses.replace(placement, config=cluster.group.with_shares(placement.config))
+            self.placement = placement
             if self._proved != (cluster, placement.config):
                 warn_if_ring_replaces(placement.comfyui_arguments, placement.config.ring_degree)
                 prove_seam(self.remote, placement, cluster.workers(), self.spec, self.base_model)
@@ -223,7 +225,7 @@ class WorkerLink:
         return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
 
     def _with_proved_patches(self, inputs: StepInputs, options: Options) -> StepInputs:
-        """The same with the modules that are shown all tokens. Raises UnsupportedError for patches that cannot be shared."""
+        """The same with how it is shared. Raises UnsupportedError for patches that cannot be shared."""
         config, state = self.placement.config, self._sent_patches
         if config.world_size == 1 or state is None or self._sent_options is None:
             return inputs
@@ -234,12 +236,12 @@ class WorkerLink:
         case, video_tokens = case_like(x, inputs.arguments), (x[0] if isinstance(x, (list, tuple)) else x)[0, 0].numel()
         digests = self._patches_digest, self._sent_options[2]
         patched = Patched(names, state, digests, case, config, video_tokens)
-        modules = self._proofs.known(patched)
-        if modules is None:
+        way = self._proofs.known(patched)
+        if way is None:
 
-            def attempt(case: Case | None, modules: tuple[str, ...]) -> Difference | str:
+            def attempt(case: Case | None, way: Way) -> Difference | str:
                 arguments = inputs.arguments if case is None else {}
-                plain = dataclasses.replace(inputs, arguments=arguments, gathered=modules)
+                plain = dataclasses.replace(inputs, arguments=arguments, way=way)
 
                 def run(saving: MemorySaving | None) -> Difference | str:
                     step = plain if saving is None else saving.step(plain)
@@ -250,8 +252,8 @@ class WorkerLink:
 
                 return self.memory.within(run)
 
-            modules = self._proofs.prove(patched, attempt)
-        return dataclasses.replace(inputs, gathered=modules)
+            way = self._proofs.prove(patched, attempt)
+        return dataclasses.replace(inputs, way=way)
 
     def preprocess_text_embeds(self, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> Tensor:
         """The text connector, which is part of the weights. One worker is enough for it."""

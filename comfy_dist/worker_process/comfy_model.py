@@ -33,7 +33,8 @@ from rayltx.comfy_dist.wire import (
 from rayltx.comfy_dist.worker_process.kernel_test import call_in_dtype, difference, differences_by_case
 from rayltx.comfy_dist.worker_process.model_on_shared_weights import build_on
 from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
-from rayltx.diffusion_models.lightricks.comfyui_host import replaced, sharded
+from rayltx.diffusion_models.lightricks.comfyui_host import replaced
+from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.messages import Message, unpack
@@ -93,7 +94,7 @@ class ComfyModel(ComfyHost):
             if hooks != self._patcher.current_hooks:
                 self._patcher.patch_hooks(hooks)
             options = self._with_changing(self._options[inputs.options_key][1], inputs)
-            with self._sharded(group, inputs, options):
+            with self._shared(group, inputs, options):
                 out = self._call(inputs, options)
             return to_device(out, torch.device("cpu")) if group.rank == 0 else None
 
@@ -105,17 +106,19 @@ class ComfyModel(ComfyHost):
         arguments = to_device(inputs.arguments, self._patcher.load_device)
         return self.diffusion_model._forward(**arguments, transformer_options=options)
 
-    def _sharded(
+    def _shared(
         self, group: SequenceParallelGroup, inputs: StepInputs, options: Options
     ) -> AbstractContextManager[None]:
         chunks = options.get(CHUNKS_OPTION, 1)
-        return sharded(self.diffusion_model, group, chunks, inputs.gathered, self._as_projected)
+        return shared(
+            self.diffusion_model, group, chunks, inputs.way.gathered, self._as_projected, inputs.way.rows_apart
+        )
 
     def patch_test(self, group: SequenceParallelGroup, inputs: PatchTestInputs) -> Difference | str:
         step, case = inputs.step, inputs.case
         model, device, dtype = self.diffusion_model, self._patcher.load_device, self._spec.compute_dtype
         packed, kept = self._options[step.options_key]
-        scope = functools.partial(self._sharded, group, step, {**kept, **step.changing_options})
+        scope = functools.partial(self._shared, group, step, {**kept, **step.changing_options})
 
         def call() -> list[Tensor]:
             options = self._with_changing(unpack(packed, self.module), step)
@@ -216,7 +219,7 @@ class ComfyModel(ComfyHost):
             self.unload()  # ComfyUI would leave a model that is loaded as it is
         self._patcher.weight_budget = load.weight_budget
         # The estimate is for the whole sequence; a rank holds its share, and what sharing takes.
-        memory = self._patcher.model.memory_required(load.latent_shape) / load.world_size + load.sharing_bytes
+        memory = self._patcher.model.memory_required(load.latent_shape) * load.share + load.sharing_bytes
         management.load_models_gpu([self._patcher], memory_required=memory, minimum_memory_required=memory)
         if self._loaded_for is None:
             give_back_freed_memory()  # of earlier patches

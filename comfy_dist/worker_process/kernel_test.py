@@ -26,7 +26,7 @@ from rayltx.comfy_dist.model_spec import TEXT_MODULES
 from rayltx.comfy_dist.self_test import Case, answer, cases_for, forward_arguments
 from rayltx.comfy_dist.wire import Difference
 from rayltx.devices import is_out_of_memory
-from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, worst_error
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
@@ -50,7 +50,7 @@ def differences_by_case(
     """How far the first blocks' answer on several ranks is from that on one, and how far it may be.
 
     model: the one with weights, wherever they are; its blocks' copies on the device are gone afterwards.
-    dtype: that the model computes in. as_projected: see `sharded`. Counts on rank 0. Collective.
+    dtype: that the model computes in. as_projected: see `shared`. Counts on rank 0. Collective.
     """
     errors: dict[str, float] = {}
     noise = [TOLERANCE]
@@ -61,7 +61,7 @@ def differences_by_case(
             if case.name not in _CASES:
                 continue
             call = functools.partial(call_in_dtype, short, case, dtype, device)
-            scope = functools.partial(sharded, short, group, as_projected=as_projected)
+            scope = functools.partial(shared, short, group, as_projected=as_projected)
             errors[case.name], moved = _error_and_noise(call, call(), short, scope)
             noise.append(moved)
     # One bound for all: quantised layers jump from one value to the next, in one sample and not in another.

@@ -67,6 +67,7 @@ def sharded(
     feed_forward_chunks: int = 1,
     gathered: Collection[str] = (),
     as_projected: bool = True,
+    scales_of: SequenceParallelGroup | None = None,
 ) -> Iterator[None]:
     """Let a ComfyUI LTX model run on this rank's tokens within the `with`.
 
@@ -75,6 +76,7 @@ def sharded(
     gathered: modules of blocks, by name, that are shown all tokens, because a patch made them look at more than one at a
     time: attention modules and `ff`. What they compute is not shared.
     as_projected: let video self-attention that is known send each part as soon as it is projected.
+    scales_of: the ranks whose inputs are quantised by one scale; None: the group's.
     Collective: every rank of the group calls the model with the same inputs.
     """
     forward = _ShardedForward(group)
@@ -98,7 +100,7 @@ def sharded(
                 if as_projected and role is AttentionRole.VIDEO_SELF and name not in gathered and is_known(attention):
                     projecting = functools.partial(forward.project_and_attend, attention, attention.forward)
                     scope.enter_context(replaced(attention, "forward", projecting))
-        in_step = scope.enter_context(agreed_input_scales(diffusion_model, group))
+        in_step = scope.enter_context(agreed_input_scales(diffusion_model, scales_of or group))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
         if feed_forward_chunks != 1 and not in_step:  # ranks' tokens may fall into different numbers of chunks
             scope.enter_context(chunked(diffusion_model, feed_forward_chunks))
@@ -172,9 +174,10 @@ class _ShardedForward:
         """Keep this rank's tokens and positions, before any table is made of them."""
         tokens, coordinates, additional = original(*args, **kwargs)
         video = tokens[0] if isinstance(tokens, (list, tuple)) else tokens
-        # With fewer tokens than ranks every rank does all of it: kernels do not take empty inputs.
-        group = self._group if video.shape[1] >= self._group.world_size else SequenceParallelGroup.single()
-        self._sequence = ShardedSequence.even(group, video.shape[1])
+        self._sequence = ShardedSequence.of(self._group, video.shape[1])
+        if 0 in self._sequence.partition.tokens.sizes:
+            # With so few tokens every rank does all of it: kernels do not take empty inputs.
+            self._sequence = ShardedSequence.of(SequenceParallelGroup.single(), video.shape[1])
         local = self._sequence.local
         # Copies, so that the whole is freed.
         if isinstance(tokens, (list, tuple)):

@@ -26,6 +26,7 @@ from rayltx.diffusion_models.lightricks.roles import AttentionRole
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
 from rayltx.errors import InputError, UnsupportedError
+from rayltx.sequence_parallel.batch_rows import RowShare
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.masks import DenseMask
 from rayltx.sequence_parallel.ulysses import gather_tokens
@@ -95,17 +96,32 @@ class DiffusersHost:
         """
         checked = ForwardInputs.from_mapping(inputs, self.model.has_audio, self.model.channels)
         self.model.check_context(checked.context, checked.audio_context)
+        share = RowShare.of(group, checked.latent.shape[0])
         with torch.inference_mode():
-            return self._forward(group, checked)
+            answer = self._forward(share.group, checked.cut(share))
+            if share.is_whole:
+                return answer
+            whole = {name: share.gather(rows) for name, rows in (answer or self._no_answer(share, checked)).items()}
+            return {name: rows for name, rows in whole.items() if rows is not None} or None
 
     # ---- one forward
+
+    def _no_answer(self, share: RowShare, inputs: ForwardInputs) -> dict[str, Tensor]:
+        """In the place of what another rank of the rows has: its streams, with nothing in them that is looked at."""
+        streams = {"video": inputs.latent, "audio": inputs.audio_latent}
+        rows = share.local.stop - share.local.start
+        return {
+            name: torch.zeros(1, dtype=inputs.latent.dtype, device=self.device).expand(rows, *stream.shape[1:])
+            for name, stream in streams.items()
+            if stream is not None
+        }
 
     def _forward(self, group: SequenceParallelGroup, inputs: ForwardInputs) -> dict[str, Tensor] | None:
         assert self._dtype is not None, "no parameters were assigned"
         latent = inputs.latent
         shape = LatentShape(*latent.shape[2:])
         mask = inputs.self_attention_mask
-        sequence = ShardedSequence.even(
+        sequence = ShardedSequence.of(
             group, shape.num_tokens, None if mask is None else DenseMask(self._to_compute(mask))
         )
         rows = TimestepRows.of_tokens(inputs.timestep.to(self.device, torch.float32), shape, sequence.local)

@@ -82,6 +82,7 @@ CASES = (
     Case("image to video", timestep="frame"),
     Case("timestep a token", timestep="token", text_mask=True),
     Case("batch of 2", batch=2, text_mask=True, timestep="frame"),
+    Case("batch of 4", batch=4, text_mask=True, timestep="token"),
     Case("fewer tokens than ranks", shape=LatentShape(1, 1, 3), timestep="token"),
     Case("chunked feed-forward", shape=LatentShape(3, 19, 23), options=(("feed_forward_chunks", 2),)),
     Case("self-attention mask", self_attention_mask=True, needs_audio_model=True),

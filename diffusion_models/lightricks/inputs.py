@@ -7,12 +7,13 @@ tokens, A audio tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from rayltx.errors import InputError, UnsupportedError
+from rayltx.sequence_parallel.batch_rows import RowShare
 
 AUDIO_CHANNELS, AUDIO_BINS = 8, 16  # of LTX's audio latents
 
@@ -60,6 +61,12 @@ class ForwardInputs:
         self = cls(**inputs)
         self._check_shapes(has_audio, channels)
         return self
+
+    def cut(self, share: RowShare) -> ForwardInputs:
+        """The same of the local rows of the batch."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors: dict[str, Any] = {name: share.cut(x) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
     def _check_shapes(self, has_audio: bool, channels: int) -> None:
         if self.latent.ndim != 5 or self.latent.shape[1] != channels:

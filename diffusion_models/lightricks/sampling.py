@@ -67,26 +67,50 @@ def sample(
     negative: dict[str, Any] | None,
     cfg: float,
     on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
+    in_one_batch: bool = False,
 ) -> dict[str, Tensor]:
     """Euler steps down the sigmas, in float32.
 
     noise: {"video": (B, C, F, H, W)} and, for sound, {"audio": (B, 8, A, 16)}.
     positive, negative: conditioning as the model's inputs. negative is needed where cfg is not 1.
     on_step: called after each step with its number, from 1, and the latents.
+    in_one_batch: ask for both conditionings in one call, if they have the same shapes.
     Source: arXiv 2210.02747; classifier-free guidance, arXiv 2207.12598.
     """
     x = {name: latent * sigmas[0] for name, latent in noise.items()}
     batch = noise["video"].shape[0]
+    both = _as_rows(positive, negative) if cfg != 1.0 and in_one_batch and negative is not None else None
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
         latents = {"latent": x["video"], "timestep": sigma.expand(batch)}
         if "audio" in x:
             latents["audio_latent"] = x["audio"]
-        velocity = forward({**positive, **latents})
+        if both is not None:
+            answer = forward({**both, **{name: torch.cat([rows, rows]) for name, rows in latents.items()}})
+            velocity, without = ({name: rows.chunk(2)[side] for name, rows in answer.items()} for side in (0, 1))
+        else:
+            velocity = forward({**positive, **latents})
         if cfg != 1.0:
             assert negative is not None, "classifier-free guidance needs negative conditioning"
-            without = forward({**negative, **latents})
+            if both is None:
+                without = forward({**negative, **latents})
             velocity = {name: without[name] + cfg * (velocity[name] - without[name]) for name in velocity}
         x = {name: x[name] + (next_sigma - sigma) * velocity[name].float() for name in x}
         if on_step is not None:
             on_step(step, x)
     return x
+
+
+def _as_rows(positive: dict[str, Any], negative: dict[str, Any]) -> dict[str, Any] | None:
+    """The rows of both in one batch; None where they do not fit together."""
+    if positive.keys() != negative.keys():
+        return None
+    both = {}
+    for name, value in positive.items():
+        other = negative[name]
+        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape:
+            both[name] = torch.cat([value, other])
+        elif not isinstance(value, Tensor) and not isinstance(other, Tensor) and value == other:
+            both[name] = value
+        else:
+            return None
+    return both

@@ -29,11 +29,11 @@ class ShardedSequence:
     self_attention_mask: SelfAttentionMask | None = None
 
     @classmethod
-    def even(
+    def of(
         cls, group: SequenceParallelGroup, num_tokens: int, self_attention_mask: SelfAttentionMask | None = None
     ) -> ShardedSequence:
-        """Cut the tokens over the group's ranks, as evenly as possible."""
-        return cls(group, TokenPartition.even(num_tokens, group.config), self_attention_mask)
+        """Cut the tokens over the group's ranks, by their shares."""
+        return cls(group, TokenPartition.of(num_tokens, group.config), self_attention_mask)
 
     @property
     def local(self) -> slice:

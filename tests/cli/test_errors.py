@@ -30,7 +30,7 @@ CASES = [
     (["generate", "{}/model.ckpt"], "a pickle can run code"),
     (["generate", "{}/other.safetensors"], "not an LTX transformer"),
     (["generate", "--workers", "4", "--ulysses", "3"], "ulysses_degree=3 must divide workers=4; try one of 1, 2, 4"),
-    (["generate", "--workers", "4", "--ulysses", "2", "--ring", "1"], "2 x ring_degree=1 = 2, but workers=4"),
+    (["generate", "--workers", "8", "--ulysses", "2", "--ring", "1"], "2 x ring_degree=1 x cfg_degree=2 = 4, but workers=8"),
     (["generate", "--workers", "-1"], "workers=-1"),
     (["generate", "--device", "cuda", "--workers", "2"], "workers=2 need a GPU each, but 0 are visible"),
     (["generate", "--device", "cuda", "--gpus", "0,9"], "GPU index 0 does not exist"),

@@ -187,6 +187,40 @@ def test_what_treats_tokens_by_themselves_is_shared_and_tried_once(patched, mode
     assert "trying the patches" not in tried, "nothing to prove without patches"
 
 
+# ---- patches and the rows of a batch
+
+
+class MixesRows:
+    def __call__(self, args, extra):
+        out = extra["original_block"](args)["img"]
+        video = out[0] if isinstance(out, tuple) else out
+        video = video - 0.3 * video.mean(0, keepdim=True)
+        return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
+
+
+class ScalesTheNegative:
+    def __call__(self, args, extra):
+        out = extra["original_block"](args)["img"]
+        video = out[0] if isinstance(out, tuple) else out
+        kinds = args["transformer_options"]["cond_or_uncond"]
+        video = torch.cat(
+            [part * (1.1 if kind else 1.0) for part, kind in zip(video.chunk(len(kinds)), kinds, strict=True)]
+        )
+        return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 2), *slow((2, 1, 2))])
+@pytest.mark.parametrize("version", ["LTX-Video", *VERSIONS[:1]])
+@pytest.mark.parametrize("patch, is_mixing", [(MixesRows(), True), (ScalesTheNegative(), False)])
+def test_patches_of_rows(patched, caplog, version, patch, is_mixing, degrees):
+    out, expected, plain = patched(version, degrees, on_a_block(patch))
+    assert relative_error(expected[0], plain[0]) > 1e-3, "the patch does nothing"
+    for mine, reference in zip(out, expected):
+        assert relative_error(mine, reference) <= TOLERANCE
+    assert ("more than one row of the batch" in caplog.text) is is_mixing
+    assert "patches_replace dit: exact on" in caplog.text
+
+
 # ---- what packs do besides
 
 

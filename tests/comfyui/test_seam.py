@@ -9,20 +9,37 @@ from comfy_ranks import (
     nvfp4_answers,
     projected_answers,
     projected_calls_of_patched,
+    rows_in_blocks,
     seam_errors,
     tables_of_the_video,
 )
 
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
+from rayltx.sequence_parallel.partition import ParallelConfig
 
 DEGREES = [(2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
+ROWS_APART = [(1, 1, 2), (2, 1, 2), (1, 2, 2), (1, 1, 2, 2)]
+UNEQUAL = [(2, 1, 1, 1, (3.0, 1.0)), (2, 2, 1, 1, (1.0, 2.0, 3.0, 1.5)), (2, 1, 1, 1, (1e6, 1.0))]
 
 
-@pytest.mark.parametrize("degrees", DEGREES)
+@pytest.mark.parametrize("degrees", [*DEGREES, *ROWS_APART, *UNEQUAL])
 @pytest.mark.parametrize("version", list(CONFIGS))
 def test_every_case_equals_one_process(comfy, ranks, version, degrees):
-    errors = ranks.run(degrees[0] * degrees[1], seam_errors, str(find_comfyui()), version, degrees)[0]
+    world_size = ParallelConfig(*degrees).world_size
+    errors = ranks.run(world_size, seam_errors, str(find_comfyui()), version, degrees)[0]
     assert max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("version", ["LTX-Video", "LTX-2.5"])
+def test_rows_are_really_apart(comfy, ranks, version):
+    found = ranks.run(4, rows_in_blocks, str(find_comfyui()), version, (1, 1, 2, 2))
+    tokens = 3 * 3 * 5
+    quarters = [12, 11, 11, 11]
+    for rank, seen in enumerate(found):
+        assert seen["4 rows"] == [(1, tokens)]
+        assert seen["2 rows"] == [(1, [23, 22][rank % 2])], "two groups of two ranks, which share the tokens"
+        for whole, rows in (("1 rows", 1), ("3 rows", 3), ("unlike sigmas", 2)):
+            assert seen[whole] == [(rows, quarters[rank])], whole
 
 
 @pytest.mark.parametrize("degrees", [(3, 1), (2, 2)])

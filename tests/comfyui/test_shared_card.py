@@ -172,7 +172,7 @@ def test_a_model_that_another_has_pushed_out_is_loaded_again(comfy, tmp_path):
     (x, timestep), kwargs = forward_arguments(model.diffusion_model, CASES[0], torch.device("cpu"))
     kwargs.pop("transformer_options")
     arguments = {"x": x, "timestep": timestep, **kwargs}
-    load = LoadInputs(run=1, latent_shape=list(x.shape), weight_budget=0, world_size=1)
+    load = LoadInputs(run=1, latent_shape=list(x.shape), weight_budget=0, share=1.0)
     inputs = StepInputs(arguments, {}, "none", None, load)
     group = SequenceParallelGroup.single()
     right = model.forward(group, inputs)

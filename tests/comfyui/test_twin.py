@@ -17,7 +17,9 @@ from comfy_scenarios import SAMPLING_TOLERANCE
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.sequence_parallel.partition import ParallelConfig
 
-DEGREES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
+DEGREES = [
+    (1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2), (1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 1, 1, 1, (3.0, 1.0)),
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -16,6 +16,13 @@ from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 DEGREES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
+ROWS_APART = [(1, 1, 2), (2, 1, 2), (1, 2, 2), (1, 1, 2, 2)]
+UNEQUAL = [
+    (2, 1, 1, 1, (3.0, 1.0)),
+    (2, 2, 1, 1, (1.0, 2.0, 3.0, 1.5)),
+    (2, 1, 2, 1, (1.0, 2.0, 2.0, 1.0)),
+    (2, 1, 1, 1, (1e6, 1.0)),
+]
 VERSIONS = list(TRANSFORMER_CONFIGS)
 
 
@@ -45,9 +52,8 @@ def load_host(path):
 def run_cases(path, degrees, names, dtype=torch.float32):
     """On every rank: the answers by case, on rank 0."""
     host = load_host(path)
-    group = (
-        SequenceParallelGroup.single() if degrees == (1, 1) else SequenceParallelGroup.create(ParallelConfig(*degrees))
-    )
+    config = ParallelConfig(*degrees)
+    group = SequenceParallelGroup.create(config) if config.world_size > 1 else SequenceParallelGroup.single()
     answers = {}
     for case in CASES:
         if case.name in names:
@@ -57,12 +63,13 @@ def run_cases(path, degrees, names, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("degrees", DEGREES)
+@pytest.mark.parametrize("degrees", [*DEGREES, *ROWS_APART, *UNEQUAL])
 def test_every_case_equals_the_untouched_model(ranks, checkpoints, version, degrees):
     path, untouched = checkpoints(version)
     model = DiffusersModel.of_checkpoint(open_checkpoint(path))
     cases = cases_for(model)
-    answers = ranks.run(degrees[0] * degrees[1], run_cases, path, degrees, [case.name for case in cases])
+    world_size = ParallelConfig(*degrees).world_size
+    answers = ranks.run(world_size, run_cases, path, degrees, [case.name for case in cases])
     errors = {}
     for case in cases:
         reference = untouched_forward(untouched, model, case.inputs(model))

@@ -31,7 +31,7 @@ def layer_traffic(world_size, groups):
     groups: of heads; 0: by the shape.
     """
     group = dataclasses.replace(SequenceParallelGroup.create(ParallelConfig(world_size, 1)), head_groups=groups)
-    sequence = ShardedSequence.even(group, SHAPE.num_tokens)
+    sequence = ShardedSequence.of(group, SHAPE.num_tokens)
 
     def tensor(tokens, width):
         return torch.zeros(1, tokens, HEADS, width, dtype=torch.bfloat16)

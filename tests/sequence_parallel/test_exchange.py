@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
+from rayltx.sequence_parallel.batch_rows import RowShare
 from rayltx.sequence_parallel.exchange_memory import exchange_bytes
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.local_attention import torch_attention
@@ -51,6 +52,39 @@ def grouped_mask(tokens, dtype):
     return GroupedMask(groups), dense.to(dtype)
 
 
+def rows_of_a_batch(degrees, batch, unit):
+    """(where this rank's rows are, the config of its group, what rank 0 has gathered of their numbers)"""
+    share = RowShare.of(SequenceParallelGroup.create(ParallelConfig(*degrees)), batch, unit)
+    rows = share.cut(torch.arange(batch, dtype=torch.float32)[:, None].expand(-1, 3))
+    own = rows if share.group.rank == 0 else torch.full_like(rows, -1.0)
+    whole = share.gather(own)
+    return (share.local.start, share.local.stop), share.group.config, None if whole is None else whole.tolist()
+
+
+@pytest.mark.parametrize(
+    "batch, unit, rows, within",
+    [
+        (2, 1, (1, 1), (2, 1)), (4, 2, (2, 2), (2, 1)), (4, 4, (2, 2), (2, 1)), (1, 1, (1,), (4, 1)), (3, 1, (3,), (4, 1)),
+        (6, 2, (6,), (4, 1)),  # a half of the rows is not a whole number of pairs
+    ],
+)  # fmt: skip
+def test_rows_go_to_groups_that_have_as_many(ranks, batch, unit, rows, within):
+    found = ranks.run(4, rows_of_a_batch, (2, 1, 2), batch, unit)
+    starts = [sum(rows[:number]) for number in range(len(rows))]
+    size = 4 // len(rows)
+    for rank, (local, config, whole) in enumerate(found):
+        assert local == (starts[rank // size], starts[rank // size] + rows[rank // size])
+        assert config == ParallelConfig(*within)
+        assert whole == ([[float(row)] * 3 for row in range(batch)] if rank == 0 else None)
+
+
+def test_as_many_groups_as_the_rows_allow(ranks):
+    sizes = [
+        [config.world_size for _, config, _ in ranks.run(4, rows_of_a_batch, (1, 1, 2, 2), n, 1)] for n in (4, 2, 1)
+    ]
+    assert sizes == [[1] * 4, [2] * 4, [4] * 4]
+
+
 def whole_attention(q, k, v, mask=None):
     """float64, by the formula."""
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
@@ -64,7 +98,7 @@ def shard_and_attend(degrees, batch, tokens, heads, width, dtype, mask_kind):
     group = (
         SequenceParallelGroup.create(ParallelConfig(*degrees)) if degrees != (1, 1) else SequenceParallelGroup.single()
     )
-    partition = TokenPartition.even(tokens, group.config)
+    partition = TokenPartition.of(tokens, group.config)
     mine = partition.local(group.rank)
     q, k, v = (x[:, mine] for x in qkv(batch, tokens, heads, width, dtype))
     mask = None
@@ -121,7 +155,7 @@ def test_ranks_without_tokens_or_heads_take_part(ranks, degrees, tokens, heads):
 def shard_in_groups(degrees, tokens, heads, mask_kind):
     """The answer to attention by numbers of groups, by number."""
     group = SequenceParallelGroup.create(ParallelConfig(*degrees))
-    partition = TokenPartition.even(tokens, group.config)
+    partition = TokenPartition.of(tokens, group.config)
     q, k, v = (x[:, partition.local(group.rank)] for x in qkv(2, tokens, heads, 8, torch.float32))
     mask = {
         None: None,
@@ -163,7 +197,7 @@ def of_all_queries(query, key, value, mask=None):
 
 def shard_and_attend_together(degrees, tokens, heads, mask_kind):
     group = SequenceParallelGroup.create(ParallelConfig(*degrees))
-    partition = TokenPartition.even(tokens, group.config)
+    partition = TokenPartition.of(tokens, group.config)
     mine = partition.local(group.rank)
     q, k, v = (x[:, mine] for x in qkv(2, tokens, heads, 8, torch.float32))
     mask = DenseMask(dense_mask(tokens, heads, torch.float32)) if mask_kind else None
@@ -201,7 +235,7 @@ def test_heads_travel_to_their_rank_and_back(ranks):
 
 def attend_sharded_keys(world_size, batch, queries, tokens, heads, width, dtype, masked):
     group = SequenceParallelGroup.create(ParallelConfig(world_size, 1))
-    mine = TokenPartition.even(tokens, group.config).local(group.rank)
+    mine = TokenPartition.of(tokens, group.config).local(group.rank)
     q, k, v = sharded_keys_inputs(batch, queries, tokens, heads, width, dtype)
     mask = key_mask(tokens)[..., mine] if masked else None
     return attention_over_sharded_keys(q, k[:, mine], v[:, mine], group, mask_local=mask).float().numpy()
@@ -239,7 +273,7 @@ def peak_of_the_exchange(config, batch, tokens, heads, width, dtype):
     from peak_memory import PeakMemory
 
     group = SequenceParallelGroup.create(config)
-    partition = TokenPartition.even(tokens, config)
+    partition = TokenPartition.of(tokens, config)
     q, k, v = (x[:, partition.local(group.rank)].contiguous() for x in qkv(batch, tokens, heads, width, dtype))
 
     def attend(query, key, value, mask):

@@ -20,8 +20,42 @@ def test_even_partition_covers_everything_once():
     ]
 
 
+@pytest.mark.parametrize("total", [0, 1, 7, 100, 14080])
+@pytest.mark.parametrize("shares", [(1.0,), (1.0, 1.0, 1.0), (3.0, 2.0), (0.35, 1.0, 0.6, 1.0), (1e6, 1.0)])
+def test_shares_are_kept_to_within_a_token(total, shares):
+    sizes = Partition.proportional(total, shares).sizes
+    assert sum(sizes) == total
+    assert all(abs(size - total * share / sum(shares)) < 1 for size, share in zip(sizes, shares))
+    if len(set(shares)) == 1:
+        assert sizes == Partition.even(total, len(shares)).sizes
+
+
+def test_ranks_of_a_ring_hold_the_same_heads_whatever_their_shares():
+    config = ParallelConfig(2, 2, shares=(1.0, 2.0, 3.0, 1.0))
+    assert config.token_sizes(70).sizes == (10, 20, 30, 10)
+    assert config.head_sizes(7).sizes == (4, 3), "by the sums over the ring: 4 to 3"
+
+
+def test_groups_of_rows_join_by_ulysses_where_there_are_fewer():
+    config = ParallelConfig(2, 1, 2, 2, shares=tuple(range(1, 9)))
+    assert (config.world_size, config.row_groups, config.row_divisions) == (8, 4, (1, 2, 4))
+    assert config.of_group(1) == ParallelConfig(8, shares=config.shares)
+    assert config.of_group(2, 1) == ParallelConfig(4, shares=(5, 6, 7, 8))
+    assert config.of_group(4, 3) == ParallelConfig(2, shares=(7, 8))
+    assert config.largest_share == max(8 / 36, 4 / 10 / 2, 2 / 3 / 4)
+    assert ParallelConfig(2, 1, 2).largest_share == 1 / 4
+
+
+@pytest.mark.parametrize(
+    "shares, message", [((1.0,), "1 shares for 2 ranks"), ((1.0, 0.0), "above 0"), ((1.0, float("nan")), "above 0")]
+)
+def test_shares_that_cannot_be(shares, message):
+    with pytest.raises(ParallelConfigError, match=message):
+        ParallelConfig(2, shares=shares)
+
+
 def test_ranks_of_a_ulysses_group_hold_one_consecutive_chunk():
-    partition = TokenPartition.even(11, ParallelConfig(ulysses_degree=2, ring_degree=2))
+    partition = TokenPartition.of(11, ParallelConfig(ulysses_degree=2, ring_degree=2))
     assert partition.tokens.sizes == (3, 3, 3, 2)
     assert partition.chunks.sizes == (6, 5)
     assert partition.chunk_sizes(1) == (3, 2)
@@ -34,6 +68,19 @@ def test_ranks_of_a_ulysses_group_hold_one_consecutive_chunk():
 def test_open_degrees_are_filled_in(workers, ulysses, ring, expected):
     config = ParallelConfig.for_workers(workers, ulysses, ring)
     assert (config.ulysses_degree, config.ring_degree) == expected
+
+
+@pytest.mark.parametrize(
+    "workers, degrees, expected",
+    [
+        (4, (0, 0, 0, 0), (2, 1, 2, 1)), (3, (0, 0, 0, 1), (3, 1, 1, 1)), (1, (0, 0, 0, 0), (1, 1, 1, 1)),
+        (8, (2, 0, 2, 1), (2, 2, 2, 1)), (8, (2, 2, 1, 0), (2, 2, 1, 2)), (2, (2, 1, 0, 1), (2, 1, 1, 1)),
+        (2, (0, 0, 0, 0), (1, 1, 2, 1)),
+    ],
+)  # fmt: skip
+def test_rows_go_to_two_groups_where_that_is_left_open(workers, degrees, expected):
+    config = ParallelConfig.for_workers(workers, *degrees)
+    assert (config.ulysses_degree, config.ring_degree, config.cfg_degree, config.dp_degree) == expected
 
 
 def test_ranks_need_as_many_workers():
