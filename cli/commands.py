@@ -147,6 +147,31 @@ def info(
 
 
 @app.command()
+def plan(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="An LTX file, for its shape and size; LTX-2's shape without.")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 1280,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 704,
+    frames: Annotated[int, typer.Option(help="Pixel frames, 8k + 1.")] = 121,
+    workers: Annotated[int, typer.Option(help="The most cards.")] = 8,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none, and one row a clip.")] = 1.0,
+    clips: Annotated[int, typer.Option(help="In a batch.")] = 1,
+    tflops: Annotated[float, typer.Option(help="Of a card, in 1e12 a second; 0: measured here, or assumed.")] = 0.0,
+    link: Annotated[float, typer.Option(help="Between cards, in 1e9 bytes a second; 0: assumed.")] = 0.0,
+    memory: Annotated[float, typer.Option(help="Of a card, in GiB; 0: as here, or assumed.")] = 0.0,
+    with_ring: Annotated[bool, typer.Option("--with-ring", help="Also the ways with a ring.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what a step takes and holds on 1 to so many cards, for each way to share it, and which is best."""
+    from rayltx.cli.plan import PlanOptions, run_plan
+
+    run_plan(
+        PlanOptions(checkpoint, width, height, frames, workers, cfg, clips, tflops, link, memory, with_ring, as_json)
+    )
+
+
+@app.command()
 def check(
     workers: Annotated[int, typer.Option(help="The most workers to check.")] = 4,
     device: DeviceOption = Device.auto,

@@ -12,23 +12,22 @@ from rich.table import Table
 
 from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.cli.gpu_report.report import check_target, write_report
-from rayltx.devices import CPU
+from rayltx.cli.plan import ASSUMED_CARDS, audio_tokens, model_of
+from rayltx.devices import CPU, DeviceKind
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
-from rayltx.diffusion_models.lightricks.step_cost import LTX_2, ModelShape, StepCost
+from rayltx.diffusion_models.lightricks.step_cost import ModelShape
+from rayltx.diffusion_models.lightricks.step_plan import Cards, Work, plan
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.device_speed import flops_per_s
 from rayltx.distributed_worker.machine_facts import Fact, machine_facts
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.distributed_worker.worker import LinkReport
 from rayltx.errors import ClusterError, UserError
-from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 _NOTHING_HOST = (
     "rayltx.diffusion_models.lightricks.random_weights:randomise"  # nothing is loaded: an import that is cheap
 )
-_ELEMENT_BYTES = 2  # of bfloat16
-_AUDIO_TOKENS_PER_FRAME = 126 / 121  # of LTX-2, at 24 frames a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ def run_doctor(options: ClusterOptions, question: Question, gpu_report: Path | N
     if question.comfyui is not None:
         record = question.comfyui / "user" / "rayltx" / "machine.json"
         request = dataclasses.replace(request, machine_record=str(record))
-    model, weight_bytes = _model(question.checkpoint)
+    model, weight_bytes = model_of(question.checkpoint)
     facts = machine_facts(request, weight_bytes)
     if question.comfyui is not None:
         facts.insert(1, _comfyui(question.comfyui))
@@ -72,7 +71,7 @@ def run_doctor(options: ClusterOptions, question: Question, gpu_report: Path | N
     console = Console(stderr=True)
     if config.world_size > 1:
         with console.status("starting the workers, to measure between them"):
-            link += _measured(request, config, shape, model, rate)
+            link += _measured(request, config, shape, model, weight_bytes, rate)
         _print(link, "Between the workers")
     facts += link
     if gpu_report is not None:
@@ -91,19 +90,6 @@ def _print(facts: list[Fact], title: str) -> None:
     Console(width=max(Console().width, 100)).print(table)
 
 
-def _model(path: Path | None) -> tuple[ModelShape, int]:
-    """The shape and bytes of a checkpoint's transformer; LTX-2's own shape, and no bytes, without one."""
-    if path is None:
-        return LTX_2, 0
-    checkpoint = open_model_file(path)
-
-    def width(attention: str) -> int:
-        found = checkpoint.tensors.get(f"transformer_blocks.0.{attention}.to_q.weight")
-        return 0 if found is None else found.values_shape[0]
-
-    return ModelShape(checkpoint.num_blocks, width("attn1"), width("audio_attn1")), checkpoint.num_bytes
-
-
 def _comfyui(root: Path) -> Fact:
     """By its files: this Python may not be ComfyUI's."""
     from rayltx.comfy_dist.comfy_environment import is_comfyui
@@ -116,7 +102,12 @@ def _comfyui(root: Path) -> Fact:
 
 
 def _measured(
-    request: ClusterRequest, config: ParallelConfig, shape: LatentShape, model: ModelShape, flops_per_s: float
+    request: ClusterRequest,
+    config: ParallelConfig,
+    shape: LatentShape,
+    model: ModelShape,
+    weight_bytes: int,
+    flops_per_s: float,
 ) -> list[Fact]:
     try:
         with Cluster.start(dataclasses.replace(request, host=_NOTHING_HOST)) as cluster:
@@ -125,27 +116,28 @@ def _measured(
     except (ClusterError, UserError) as error:
         return [Fact("link", "not measured", str(error))]
     assert link is not None, "several ranks report"
-    return [Fact("link", str(link)), prediction(link, config.world_size, shape, model, flops_per_s, request.kind.name)]
+    work = Work(model, weight_bytes, shape.num_tokens, audio_tokens(model, shape))
+    return [Fact("link", str(link)), prediction(link, config, work, flops_per_s, request.kind)]
 
 
-def prediction(
-    link: LinkReport, ranks: int, shape: LatentShape, model: ModelShape, flops_per_s: float, device: str
-) -> Fact:
+def prediction(link: LinkReport, config: ParallelConfig, work: Work, flops_per_s: float, kind: DeviceKind) -> Fact:
     """Whether sharing a step pays, by what was measured."""
-    if device == CPU:
+    ranks = config.world_size
+    if kind.name == CPU:
         return Fact(f"{ranks} workers", "they share this machine's cores: exact, and no faster than one")
-    audio = round(shape.pixel_frames * _AUDIO_TOKENS_PER_FRAME) if model.audio_width else 0
-    alone = StepCost.of(model, shape.num_tokens, audio, 1).seconds(1, flops_per_s)
     exchange = link.exchange
-    together = StepCost.of(model, shape.num_tokens, audio, ranks).seconds(
-        ranks, flops_per_s, exchange.bytes_per_s / _ELEMENT_BYTES, exchange.small_s
+    cards = Cards(
+        flops_per_s, exchange.bytes_per_s, exchange.small_s, kind.total_bytes(), ASSUMED_CARDS.host_bytes_per_s
     )
+    found = plan(work, cards, config)
     value = (
-        f"a step of {shape.num_tokens} video tokens about {alone / together:.2f} times as fast as on one "
-        f"({alone / together / ranks:.0%} of {ranks} times), by {flops_per_s / 1e12:.2f} TFLOP/s measured"
+        f"a step of {work.video_tokens} video tokens about {found.speedup:.2f} times as fast as on one "
+        f"({found.efficiency:.0%} of {ranks} times), by {flops_per_s / 1e12:.2f} TFLOP/s measured"
     )
-    if together < alone:
+    if found.speedup > 1:
         return Fact(f"{ranks} workers", value)
     return Fact(
-        f"{ranks} workers", value, f"one {device} would be faster: the link carries too little for this size; use GPU 1"
+        f"{ranks} workers",
+        value,
+        f"one {kind.name} would be faster: the link carries too little for this size; use GPU 1",
     )

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
-from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC_INNER_BYTES
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.diffusion_models.lightricks.step_plan import activation_bytes
 from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
 from rayltx.sequence_parallel.partition import ParallelConfig, Partition
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 
 _WORKER_COUNTS = (1, 2, 3, 4, 6, 8)
-# Tensors of (tokens, width) that are alive at the peak of a block: the residual stream, its normalised copy, query,
-# key, value and their exchanged halves, and the output.
-_LIVE_TENSORS = 9
 
 
 def run_info(file: Path, width: int, height: int, frames: int) -> None:
@@ -65,8 +62,7 @@ def run_info(file: Path, width: int, height: int, frames: int) -> None:
 def _row(checkpoint: Checkpoint, model: DiffusersModel, shape: LatentShape, config: ParallelConfig) -> list[str]:
     tokens = Partition.even(shape.num_tokens, config.world_size).sizes
     heads = Partition.even(model.num_heads, config.ulysses_degree).sizes
-    inner = min(tokens[0] * 4 * model.width * 2, AUTOMATIC_INNER_BYTES)  # of the feed-forward, in automatic chunks
-    activations = _LIVE_TENSORS * tokens[0] * model.width * 2 + inner
+    activations = activation_bytes(config, shape.num_tokens, model.width)
     note = "" if heads[-1] else " (idle ranks)"
     return [
         str(config.world_size),

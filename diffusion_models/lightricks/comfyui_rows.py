@@ -88,7 +88,10 @@ def _have_one_largest(timestep: Any, batch: int) -> bool:
     if batch == 1:
         return True
     streams = timestep if isinstance(timestep, (list, tuple)) else [timestep]
-    largest = torch.stack([stream.reshape(batch, -1).amax(1) for stream in streams if stream.numel() % batch == 0])
+    by_row = [stream.reshape(batch, -1).amax(1) for stream in streams if stream.shape[:1] == (batch,)]
+    if not by_row:
+        return True
+    largest = torch.stack(by_row)
     return bool((largest == largest[:, :1]).all())  # waits for the device, once a call
 
 

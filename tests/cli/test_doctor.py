@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from rayltx.cli.gpu_report.report import run_check_apart
 from rayltx.devices import KINDS
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import LTX_2, StepCost
+from rayltx.diffusion_models.lightricks.step_plan import Work
 from rayltx.distributed_worker.machine_facts import Fact
 from rayltx.distributed_worker.worker import LinkReport
 from rayltx.sequence_parallel.first_exchange import ExchangeReport
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 CPU = KINDS["cpu"]
+CUDA = SimpleNamespace(name="cuda", total_bytes=lambda: 24 * 2**30)
 FRAMES_121 = LatentShape.from_pixels(1280, 704, 121)
 
 
@@ -37,21 +40,26 @@ def test_the_cost_of_a_step_is_that_of_the_published_shapes():
     ):
         found = LatentShape.from_pixels(*shape)
         assert found.num_tokens == tokens
-        cost = StepCost.of(LTX_2, tokens, 126, 1)
-        assert (cost.shared_flops + cost.replicated_flops) / LTX_2.blocks / 1e9 == pytest.approx(gflop, rel=0.02)
-    received = StepCost.of(LTX_2, 14080, 126, 8).received_elements * 2 / LTX_2.blocks
+        cost = StepCost.of(LTX_2, tokens, 126, ParallelConfig())
+        assert cost.flops / LTX_2.blocks / 1e9 == pytest.approx(gflop, rel=0.02)
+    received = StepCost.of(LTX_2, 14080, 126, ParallelConfig(8)).received_elements * 2 / LTX_2.blocks
     assert received == pytest.approx(57.8e6, rel=0.005)  # of which 7.3e6 for video-to-audio attention
 
 
 def test_several_cards_pay_where_the_link_carries_enough():
     """RTX 4090s on PCIe 4 without peer-to-peer copies, as calculated by hand, and a link that is of no use."""
-    for ranks, efficiency in ((2, 83), (4, 75), (8, 68)):
-        found = prediction(link(11, small_ms=0.0), ranks, FRAMES_121, LTX_2, 100e12, "cuda")
+    work = Work(LTX_2, 0, FRAMES_121.num_tokens, 126)
+    alone = StepCost.of(LTX_2, work.video_tokens, 126, ParallelConfig()).seconds(100e12)
+    for ranks, waited_for, hidden in ((2, 83, 96), (4, 75, 93), (8, 68, 89)):
+        cost = StepCost.of(LTX_2, work.video_tokens, 126, ParallelConfig(ranks))
+        assert abs(100 * alone / cost.seconds(100e12, 11e9 / 2) / ranks - waited_for) <= 2
+        assert abs(100 * alone / cost.seconds(100e12, 11e9 / 2, hidden=0.85) / ranks - hidden) <= 2
+        found = prediction(link(11, small_ms=0.0), ParallelConfig(ranks), work, 100e12, CUDA)
         percent = int(found.value.partition("(")[2].partition("%")[0])
-        assert abs(percent - efficiency) <= 2 and not found.problem, found
-    slow = prediction(link(0.1), 2, FRAMES_121, LTX_2, 100e12, "cuda")
+        assert waited_for < percent <= hidden and not found.problem, found
+    slow = prediction(link(0.1), ParallelConfig(2), work, 100e12, CUDA)
     assert "one cuda would be faster" in slow.problem and "use GPU 1" in slow.problem
-    assert "no faster than one" in prediction(link(11), 2, FRAMES_121, LTX_2, 1e12, "cpu").value
+    assert "no faster than one" in prediction(link(11), ParallelConfig(2), work, 1e12, CPU).value
 
 
 def crash(kind):

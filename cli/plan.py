@@ -1,0 +1,168 @@
+"""`rayltx plan`: what each way to share a step comes to, and which is best."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from rayltx.devices import CPU, automatic, kind_of
+from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.diffusion_models.lightricks.step_cost import LTX_2, ModelShape
+from rayltx.diffusion_models.lightricks.step_plan import HIDDEN, Cards, Plan, Work, best, plan, ways_to_share
+from rayltx.distributed_worker.device_speed import flops_per_s
+from rayltx.errors import InputError
+from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
+
+# An RTX 4090 behind PCIe 4 without copies between cards.
+ASSUMED_CARDS = Cards(
+    flops_per_s=100e12, link_bytes_per_s=11e9, small_s=50e-6, memory_bytes=24 * 2**30, host_bytes_per_s=20e9
+)
+_AUDIO_TOKENS_PER_FRAME = 126 / 121  # of LTX-2, at 24 frames a second
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Numbers of 0 stand for what is measured or assumed."""
+
+    checkpoint: Path | None
+    width: int
+    height: int
+    frames: int
+    workers: int
+    cfg: float
+    clips: int
+    tflops: float
+    link: float  # 1e9 bytes a second
+    memory: float  # GiB
+    with_ring: bool
+    as_json: bool
+
+
+def model_of(path: Path | None) -> tuple[ModelShape, int]:
+    """The shape and bytes of a checkpoint's transformer; LTX-2's own shape, and no bytes, without one."""
+    if path is None:
+        return LTX_2, 0
+    checkpoint = open_model_file(path)
+
+    def width(attention: str) -> int:
+        found = checkpoint.tensors.get(f"transformer_blocks.0.{attention}.to_q.weight")
+        return 0 if found is None else found.values_shape[0]
+
+    return ModelShape(checkpoint.num_blocks, width("attn1"), width("audio_attn1")), checkpoint.num_bytes
+
+
+def audio_tokens(model: ModelShape, shape: LatentShape) -> int:
+    """Of sound as long as the video."""
+    return round(shape.pixel_frames * _AUDIO_TOKENS_PER_FRAME) if model.audio_width else 0
+
+
+def run_plan(options: PlanOptions) -> None:
+    """Print. Raises CheckpointError for a file that is not a whole LTX checkpoint, InputError for sizes and numbers."""
+    for name in ("workers", "clips"):
+        if getattr(options, name) < 1:
+            raise InputError(f"{name}={getattr(options, name)} must be at least 1")
+    for name in ("tflops", "link", "memory"):
+        if getattr(options, name) < 0:
+            raise InputError(
+                f"{name}={getattr(options, name)} must be above 0; 0 stands for what is measured or assumed"
+            )
+    shape = LatentShape.from_pixels(options.width, options.height, options.frames)
+    model, weight_bytes = model_of(options.checkpoint)
+    rows = options.clips * (1 if options.cfg == 1.0 else 2)
+    work = Work(model, weight_bytes, shape.num_tokens, audio_tokens(model, shape), rows)
+    cards, origins = _cards(options)
+    ways = ways_to_share(options.workers, rows)
+    plans = [plan(work, cards, config) for config in ways if options.with_ring or config.ring_degree == 1]
+    chosen = best(plans)
+    if options.as_json:
+        print(json.dumps(_as_json(work, cards, origins, plans, chosen), indent=2))
+    else:
+        _print(options, work, cards, origins, plans, chosen)
+
+
+def _cards(options: PlanOptions) -> tuple[Cards, dict[str, str]]:
+    """The cards, and where each of their numbers comes from."""
+    kind = kind_of(automatic())
+    given = {
+        "flops_per_s": options.tflops * 1e12,
+        "link_bytes_per_s": options.link * 1e9,
+        "memory_bytes": int(options.memory * 2**30),
+    }
+    found = {} if kind.name == CPU else {"flops_per_s": flops_per_s(kind), "memory_bytes": kind.total_bytes()}
+    numbers, origins = dataclasses.asdict(ASSUMED_CARDS), {}
+    for name in numbers:
+        origins[name] = "assumed"
+        if name in found:
+            numbers[name], origins[name] = found[name], "measured here"
+        if given.get(name):
+            numbers[name], origins[name] = given[name], "given"
+    return Cards(**numbers), origins
+
+
+def _print(
+    options: PlanOptions, work: Work, cards: Cards, origins: dict[str, str], plans: list[Plan], chosen: Plan
+) -> None:
+    console = Console(width=max(Console().width, 110))
+    gib = 2**30
+    console.print(
+        f"{options.width}x{options.height}, {options.frames} frames: {work.video_tokens} video tokens, {work.audio_tokens} of "
+        f"audio, {work.rows} {'row' if work.rows == 1 else 'rows'} a step (counted)\n"
+        f"a card computes {cards.flops_per_s / 1e12:.0f} TFLOP/s ({origins['flops_per_s']}), has "
+        f"{cards.memory_bytes / gib:.0f} GiB ({origins['memory_bytes']}), receives {cards.link_bytes_per_s / 1e9:.1f} GB/s from "
+        f"others ({origins['link_bytes_per_s']}) and {cards.host_bytes_per_s / 1e9:.0f} GB/s from the host "
+        f"({origins['host_bytes_per_s']})\n"
+        f"{HIDDEN:.0%} of the exchange goes on behind computing (measured on CPU ranks with a modelled link)",
+        highlight=False,
+    )
+    table = Table(box=SIMPLE_HEAD)
+    columns = ("", "cards", "ulysses x ring x cfg", "a step", "times one", "efficiency", "received", "held", "weights")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for found in plans:
+        config = found.config
+        table.add_row(
+            "best" if found is chosen else "",
+            str(config.world_size),
+            f"{config.ulysses_degree} x {config.ring_degree} x {config.cfg_degree}",
+            f"{found.seconds:.2f} s",
+            f"{found.speedup:.2f}",
+            f"{found.efficiency:.0%}",
+            f"{found.received_bytes / gib:.2f} GiB",
+            f"{found.activation_bytes / gib:.1f} GiB",
+            _weights(work, found),
+            style="bold" if found is chosen else "",
+        )
+    console.print(table)
+    most = max(found.config.world_size for found in plans)
+    if chosen.config.world_size < most:
+        console.print(
+            f"more than {chosen.config.world_size} of these cards bring next to nothing for this size: the link carries too "
+            "little"
+        )
+
+
+def _weights(work: Work, found: Plan) -> str:
+    if not work.weight_bytes:
+        return ""
+    gib = 2**30
+    if found.streamed_bytes:
+        return f"{found.streamed_bytes / gib:.1f} of {work.weight_bytes / gib:.1f} GiB streamed"
+    return f"{work.weight_bytes / gib:.1f} GiB"
+
+
+def _as_json(work: Work, cards: Cards, origins: dict[str, str], plans: list[Plan], chosen: Plan) -> dict[str, object]:
+    numbers = dataclasses.asdict(cards)
+    return {
+        "work": dataclasses.asdict(work),
+        "cards": {name: {"value": numbers[name], "origin": origins[name]} for name in numbers},
+        "hidden": {"value": HIDDEN, "origin": "measured on CPU ranks with a modelled link"},
+        "plans": [
+            {**dataclasses.asdict(found), "efficiency": found.efficiency, "is_best": found is chosen} for found in plans
+        ],
+    }

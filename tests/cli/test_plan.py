@@ -1,0 +1,74 @@
+"""`rayltx plan`: what it calculates, and what it says about where its numbers come from."""
+
+import json
+
+import pytest
+from rayltx_command import rayltx
+
+from rayltx.cli.plan import ASSUMED_CARDS
+from rayltx.diffusion_models.lightricks.step_cost import LTX_2, StepCost
+from rayltx.diffusion_models.lightricks.step_plan import Work, best, plan, ways_to_share
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+GUIDED = Work(LTX_2, 0, 14080, 126, rows=2)
+
+
+def test_every_way_is_there_once():
+    ways = ways_to_share(4, 2)
+    assert len(ways) == len(set(ways)) == 11
+    assert {way.world_size for way in ways} == {1, 2, 3, 4}
+    assert all(way.cfg_degree in (1, 2) for way in ways)
+    assert all(way.cfg_degree == 1 for way in ways_to_share(4, 1))
+
+
+def test_rows_apart_move_fewer_bytes_than_any_other_way_and_two_cards_none():
+    costs = {way: StepCost.of(LTX_2, 14080, 126, way, 2) for way in ways_to_share(4, 2) if way.world_size == 4}
+    assert min(costs, key=lambda way: costs[way].received_elements) == ParallelConfig(2, 1, 2)
+    assert StepCost.of(LTX_2, 14080, 126, ParallelConfig(1, 1, 2), 2).received_elements == 0
+    alone, together = StepCost.of(LTX_2, 14080, 126, ParallelConfig(1, 1, 2), 1), StepCost.of(
+        LTX_2, 14080, 126, ParallelConfig(2), 1
+    )  # fmt: skip
+    assert alone == together, "a single row is shared by all"
+
+
+def test_the_best_is_the_fastest_and_takes_no_card_that_brings_nothing():
+    ways = ways_to_share(4, 2)
+    assert best([plan(GUIDED, ASSUMED_CARDS, way) for way in ways]).config == ParallelConfig(2, 1, 2)
+    slow = plan_cards(link_bytes_per_s=1e7)
+    assert best([plan(GUIDED, slow, way) for way in ways]).config == ParallelConfig(1, 1, 2)
+    clip = Work(LTX_2, 0, 14080, 126)
+    assert best([plan(clip, slow, way) for way in ways_to_share(4, 1)]).config == ParallelConfig()
+
+
+def plan_cards(**numbers):
+    return type(ASSUMED_CARDS)(**{**vars(ASSUMED_CARDS), **numbers})
+
+
+def test_weights_that_do_not_fit_are_streamed_and_bound_the_time():
+    work = Work(LTX_2, 38 * 2**30, 640, 26)
+    found = plan(work, ASSUMED_CARDS, ParallelConfig(4))
+    assert 38 * 2**30 - 24 * 2**30 < found.streamed_bytes < 38 * 2**30
+    assert found.seconds == found.streamed_bytes / ASSUMED_CARDS.host_bytes_per_s
+
+
+def test_the_command_says_where_its_numbers_come_from(tmp_path):
+    done = rayltx("plan", "--cfg", 3, "--workers", 4, "--link", 3, "--tflops", 120)
+    assert done.returncode == 0, done.stderr
+    assert "120 TFLOP/s (given)" in done.stdout and "3.0 GB/s" in done.stdout and "GB/s from the host (assumed)" in " ".join(
+        done.stdout.split()
+    )  # fmt: skip
+    best_line = next(line for line in done.stdout.splitlines() if line.strip().startswith("best"))
+    assert "2 x 1 x 2" in best_line
+    found = json.loads(rayltx("plan", "--cfg", 3, "--workers", 4, "--link", 3, "--tflops", 120, "--json").stdout)
+    assert found["cards"]["link_bytes_per_s"] == {"value": 3e9, "origin": "given"}
+    assert [each["config"]["cfg_degree"] for each in found["plans"] if each["is_best"]] == [2]
+    assert "bring next to nothing" in rayltx("plan", "--link", 0.01, "--frames", 25).stdout
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [(("--workers", 0), "workers=0"), (("--link", -1), "link=-1.0"), (("--width", 100), "multiple of 32")],
+)
+def test_wrong_numbers_are_told(flags, words):
+    done = rayltx("plan", *flags)
+    assert done.returncode == 2 and words in done.stderr
