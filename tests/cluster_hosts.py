@@ -154,6 +154,22 @@ def corrupting_unless_told(payload, device):
     dist.all_to_all_single = damaged
 
 
+def each_another_card(payload, device):
+    """A bootstrap of workers that say that they have unlike devices. payload: (folder, speed of each)."""
+    from rayltx.devices import DeviceKind
+    from rayltx.distributed_worker import worker
+
+    folder, speeds = payload
+    for number, speed in enumerate(speeds):
+        try:
+            Path(folder, str(number)).touch(exist_ok=False)  # first come, first served
+        except FileExistsError:
+            continue
+        DeviceKind.description = lambda kind, number=number: f"card {number}"
+        worker.flops_per_s = lambda kind, speed=speed: speed
+        return
+
+
 class ScalingHost(DiffusersHost):
     """Its answers are multiplied by what it was told last."""
 

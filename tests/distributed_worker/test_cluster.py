@@ -224,6 +224,27 @@ def test_a_rank_without_progress_is_found_by_its_block(cluster, loaded, tmp_path
     assert ("rank 1: says nothing" in caplog.text) == (how == "stop")
 
 
+@pytest.mark.parametrize("how", ["exit", "raise", "loop in a block"])
+def test_a_rank_with_rows_of_its_own_is_missed_as_any_other(cluster, checkpoint_of, tmp_path, caplog, how):
+    """Ranks that exchange nothing before the answer."""
+    checkpoint, untouched = checkpoint_of("LTX-Video")
+    model = DiffusersModel.of_checkpoint(checkpoint)
+    inputs = next(case for case in CASES if case.name == "batch of 2").inputs(model)
+    reference = untouched_forward(untouched, model, inputs)
+    remote = cluster.load(checkpoint, model, host=FAILING)
+    config = ParallelConfig(1, 1, 2)
+    remote.forward({**inputs, "fail": ("slow blocks", 0.3, None)}, config)
+    fail = {**inputs, "fail": (how, 1, str(tmp_path / "failed"))}
+    with limits(cluster, block_timeout_s=2.0), caplog.at_level(logging.WARNING, "rayltx"):
+        assert worst_error(remote.forward(fail, config), reference) < 2e-6
+    assert "rank 1" in caplog.text and "repeating the step" in caplog.text
+    remote.release()
+
+
+def test_like_devices_are_not_measured(cluster):
+    assert cluster.group.with_shares(ParallelConfig(3)) == ParallelConfig(3)
+
+
 def test_a_worker_that_dies_between_runs_is_replaced_when_ranks_share_otherwise(cluster, loaded):
     """Forming a group for another number of ranks meets the loss first."""
     remote, inputs, reference = loaded

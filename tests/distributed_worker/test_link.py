@@ -108,3 +108,22 @@ def test_findings_are_kept_by_the_gpus_that_they_are_about(tmp_path):
     assert not path.exists(), "other machines' cards have no names here"
     MachineRecord("", cards).remember_no_peer_to_peer()
     assert not MachineRecord("", cards).needs_no_peer_to_peer()
+
+
+def test_unlike_devices_get_shares_by_their_speed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    untouched = save_tiny_checkpoint(tmp_path / "model.safetensors", "LTX-Video")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    model = DiffusersModel.of_checkpoint(checkpoint)
+    inputs = CASES[1].inputs(model)
+    bootstrap = Bootstrap("cluster_hosts:each_another_card", (str(tmp_path), [4e12, 1e12]))
+    with Cluster.start(ClusterRequest(workers=2, bootstrap=bootstrap)) as cluster:
+        with caplog.at_level(logging.INFO, "rayltx"):
+            config = cluster.group.with_shares(ParallelConfig(2))
+        assert sorted(config.shares) == [0.25, 1.0] and "unlike devices" in caplog.text
+        remote = cluster.load(checkpoint, model)
+        assert worst_error(remote.forward(inputs, config), untouched_forward(untouched, model, inputs)) < 2e-6
+        caplog.clear()
+        assert cluster.group.with_shares(ParallelConfig(2)) == config and not caplog.text, "measured once"
+        by_hand = ParallelConfig(2, shares=(1.0, 3.0))
+        assert cluster.group.with_shares(by_hand) == by_hand
