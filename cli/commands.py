@@ -39,6 +39,9 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+bench = typer.Typer(no_args_is_help=True, help="Measure and count.")
+app.add_typer(bench, name="bench")
+
 Workers = Annotated[int, typer.Option(help="How many workers; 0: one for each GPU, or 1 without a GPU.")]
 UlyssesOption = Annotated[
     int, typer.Option("--ulysses", help="Ulysses degree: ranks that trade tokens for heads. 0: what is left.")
@@ -213,6 +216,23 @@ def doctor(
     healthy = run_doctor(_cluster_options(workers, device, gpus), question, gpu_report)
     if not healthy:
         raise typer.Exit(exit_codes.FAILURE)
+
+
+@bench.command()
+def counts(
+    model: Annotated[str, typer.Option(help="LTX-Video, LTX-2, LTX-2.3 or LTX-2.5.")] = "LTX-2",
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 1280,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 704,
+    frames: Annotated[int, typer.Option(help="Pixel frames, 8k + 1.")] = 121,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2,4,8",
+    chunks: Annotated[int, typer.Option(help="Feed-forward in so many portions; 0: automatic, 1: at once.")] = 1,
+    comfyui: ComfyUIOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Count what a layer of the real width computes, exchanges and holds on a rank. Takes seconds, on any machine."""
+    from rayltx.cli.bench.counts import CountOptions, parse_ranks, run_counts
+
+    run_counts(CountOptions(model, width, height, frames, parse_ranks(ranks), chunks, comfyui, as_json))
 
 
 @app.command()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 TEXT_TOKENS = 1024  # as ComfyUI's text encoders pad
-COLLECTIVES_PER_BLOCK = 5  # query, key and value go, the output comes back, and video-to-audio attention is merged
+# Query, key and value go, the output comes back, and video-to-audio attention is merged; by more than two ranks, in two.
+COLLECTIVES_PER_BLOCK = 5
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ class StepCost:
         shared = (self_attention + text_attention + feed_forward + between) * local / N
         traded = 4 * local * D * (ulysses - 1) / ulysses  # query, key and value go, the output comes back
         passed_on = 2 * local * D * (ring - 1)  # key and value
-        merged = 2 * A * Da * (ranks - 1)  # video-to-audio: each rank's part from all, in float32, which counts twice
+        # Video-to-audio: each rank's part, in float32, which counts twice; from all, or of its heads, and the answer then.
+        merged = 2 * A * Da * (ranks - 1) if ranks == 2 else 3 * A * Da * (ranks - 1) / ranks
         return cls(
             flops=float(rows * shape.blocks * (shared + text_keys + audio)),
             replicated_flops=float(rows * shape.blocks * (text_keys + audio)),
             received_elements=rows * shape.blocks * (traded + passed_on + merged),
-            collectives=0 if ranks == 1 else shape.blocks * (COLLECTIVES_PER_BLOCK + 2 * (ring - 1)),
+            collectives=0 if ranks == 1 else shape.blocks * (COLLECTIVES_PER_BLOCK + (ranks > 2) + 2 * (ring - 1)),
         )
 
     def seconds(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel
@@ -35,9 +37,11 @@ _SIZES = ("num_attention_heads", "attention_head_dim", "cross_attention_dim", "c
 _AUDIO_SIZES = ("audio_num_attention_heads", "audio_attention_head_dim", "audio_cross_attention_dim")
 
 
-def build_reference(version: str, layers: int = 2) -> LTXVideoTransformer3DModel | LTX2VideoTransformer3DModel:
-    """diffusers' own model, untouched, with memory but without meaningful weights."""
-    config = TRANSFORMER_CONFIGS[version]
+def build_reference(
+    version: str, layers: int = 2, config: Mapping[str, Any] | None = None
+) -> LTXVideoTransformer3DModel | LTX2VideoTransformer3DModel:
+    """diffusers' own model, untouched, with memory but without meaningful weights. config: None stands for the tiny one."""
+    config = TRANSFORMER_CONFIGS[version] if config is None else config
     sizes = {key: config[key] for key in _SIZES}
     if version == "LTX-Video":
         return LTXVideoTransformer3DModel(**sizes, num_layers=layers).eval()

@@ -43,14 +43,14 @@ def test_the_cost_of_a_step_is_that_of_the_published_shapes():
         cost = StepCost.of(LTX_2, tokens, 126, ParallelConfig())
         assert cost.flops / LTX_2.blocks / 1e9 == pytest.approx(gflop, rel=0.02)
     received = StepCost.of(LTX_2, 14080, 126, ParallelConfig(8)).received_elements * 2 / LTX_2.blocks
-    assert received == pytest.approx(57.8e6, rel=0.005)  # of which 7.3e6 for video-to-audio attention
+    assert received == pytest.approx(51.83e6, rel=0.005)  # of which 1.4e6 for video-to-audio attention
 
 
 def test_several_cards_pay_where_the_link_carries_enough():
     """RTX 4090s on PCIe 4 without peer-to-peer copies, as calculated by hand, and a link that is of no use."""
     work = Work(LTX_2, 0, FRAMES_121.num_tokens, 126)
     alone = StepCost.of(LTX_2, work.video_tokens, 126, ParallelConfig()).seconds(100e12)
-    for ranks, waited_for, hidden in ((2, 83, 96), (4, 75, 93), (8, 68, 89)):
+    for ranks, waited_for, hidden in ((2, 83, 96), (4, 75, 93), (8, 71, 89)):
         cost = StepCost.of(LTX_2, work.video_tokens, 126, ParallelConfig(ranks))
         assert abs(100 * alone / cost.seconds(100e12, 11e9 / 2) / ranks - waited_for) <= 2
         assert abs(100 * alone / cost.seconds(100e12, 11e9 / 2, hidden=0.85) / ranks - hidden) <= 2

@@ -95,7 +95,7 @@ def test_a_layer_moves_at_most_1_05_times_the_minimum(comfy, ranks, world_size):
     for (first_bytes, first_calls), (second_bytes, second_calls) in zip(one, two):
         print(f"W={world_size}: {(second_bytes - first_bytes) / minimum:.3f} of the minimum a layer")
         assert second_bytes - first_bytes <= 1.05 * minimum
-        assert second_calls - first_calls <= 5
+        assert second_calls - first_calls <= (5 if world_size == 2 else 6)
         assert first_calls - (second_calls - first_calls) == 1  # the answer is collected
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
+from rayltx.sequence_parallel import sharded_keys
 from rayltx.sequence_parallel.batch_rows import RowShare
 from rayltx.sequence_parallel.exchange_memory import exchange_bytes
 from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -239,6 +241,24 @@ def attend_sharded_keys(world_size, batch, queries, tokens, heads, width, dtype,
     q, k, v = sharded_keys_inputs(batch, queries, tokens, heads, width, dtype)
     mask = key_mask(tokens)[..., mine] if masked else None
     return attention_over_sharded_keys(q, k[:, mine], v[:, mine], group, mask_local=mask).float().numpy()
+
+
+def attend_sharded_keys_both_ways(world_size, heads, dtype):
+    group = SequenceParallelGroup.create(ParallelConfig(world_size, 1))
+    mine = TokenPartition.of(31, group.config).local(group.rank)
+    q, k, v = sharded_keys_inputs(2, 13, 31, heads, 8, dtype)
+    outs = []
+    for by_heads_from in (2, 100):
+        with mock.patch.object(sharded_keys, "_BY_HEADS_FROM", by_heads_from):
+            outs.append(attention_over_sharded_keys(q, k[:, mine], v[:, mine], group))
+    return bool((outs[0] == outs[1]).all()), outs[0].shape == q.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world_size, heads", [(2, 3), (3, 7), (4, 3), (4, 1)])
+def test_parts_traded_by_heads_have_the_same_bits(ranks, world_size, heads, dtype):
+    """Also on ranks that get no head to merge."""
+    assert ranks.run(world_size, attend_sharded_keys_both_ways, world_size, heads, dtype) == [(True, True)] * world_size
 
 
 def sharded_keys_inputs(batch, queries, tokens, heads, width, dtype):

@@ -1,0 +1,1 @@
+"""`rayltx bench`: what can be measured of RayLTX."""

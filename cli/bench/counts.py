@@ -1,0 +1,240 @@
+"""`rayltx bench counts`: what a layer computes, exchanges and holds on a rank, counted at the real widths.
+
+Nothing is computed: tensors have shapes and no numbers (see `fake_ranks`). One forward with one layer and one with two are
+counted, of a text-to-video step on rank 0, which has the most tokens; their difference is a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rayltx.cli.bench.fake_ranks import Counts, counted, rank_zero_of
+from rayltx.cli.bench.real_sizes import AUDIO_TOKENS_PER_FRAME, TEXT_TOKENS, comfyui_config, transformer_config
+from rayltx.cli.packages import require_packages
+from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
+from rayltx.errors import InputError
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+_DTYPE = torch.bfloat16
+_SIGMA = 0.8
+_LINES = 6  # of source, that are shown of the peak
+
+Forward = Callable[[SequenceParallelGroup], object]
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """A layer on rank 0; at the peak also what is outside of layers."""
+
+    config: ParallelConfig
+    flops: int
+    received_bytes: int
+    minimum_bytes: int  # that Ulysses' exchange of video self-attention receives
+    collectives: int
+    operations: int
+    peak_bytes: int
+    held_at_peak: dict[str, int]
+
+    @property
+    def of_minimum(self) -> float:
+        return self.received_bytes / self.minimum_bytes if self.minimum_bytes else 1.0
+
+
+@dataclass(frozen=True)
+class CountOptions:
+    version: str
+    width: int
+    height: int
+    frames: int
+    ranks: Sequence[int]
+    chunks: int  # of the feed-forward
+    comfyui: Path | None
+    as_json: bool
+
+
+def parse_ranks(text: str) -> list[int]:
+    """Numbers from "1,2,4", in order. Raises InputError."""
+    try:
+        ranks = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        ranks = []
+    if not ranks or ranks[0] < 1:
+        raise InputError(f'ranks="{text}" must be numbers of at least 1 separated by commas')
+    return ranks
+
+
+def run_counts(options: CountOptions) -> None:
+    """Print. Raises InputError for sizes and versions, and MissingPackageError."""
+    if options.version not in TRANSFORMER_CONFIGS:
+        raise InputError(f"model={options.version} must be one of {', '.join(TRANSFORMER_CONFIGS)}")
+    shape = LatentShape.from_pixels(options.width, options.height, options.frames)
+    found = layer_counts(options.version, shape, options.ranks, options.chunks, options.comfyui)
+    if options.as_json:
+        about = {**dataclasses.asdict(options), "comfyui": options.comfyui and str(options.comfyui)}
+        counts = [{**dataclasses.asdict(each), "of_minimum": each.of_minimum} for each in found]
+        print(json.dumps({"options": about, "layers": counts}, indent=2))
+    else:
+        _print(options, shape, found)
+
+
+def layer_counts(
+    version: str, shape: LatentShape, ranks: Sequence[int], chunks: int = 1, comfyui: Path | None = None
+) -> list[LayerCounts]:
+    """A layer of a version's real width on 1 of so many ranks, for each of `ranks`.
+
+    comfyui: the folder of a ComfyUI, whose model it is then; None: diffusers'.
+    """
+    if comfyui is None:
+        require_packages(("diffusers",), "bench counts")
+    model_of = _diffusers_forward if comfyui is None else _comfyui_forward(comfyui)
+    width = transformer_config(version, 1)["cross_attention_dim"]
+    found = []
+    for degree in ranks:
+        config = ParallelConfig(degree)
+        one, two = (_counts_of(model_of, version, layers, shape, chunks, config) for layers in (1, 2))
+        minimum = round(4 * config.token_sizes(shape.num_tokens).sizes[0] * width * _DTYPE.itemsize * (1 - 1 / degree))
+        found.append(
+            LayerCounts(
+                config, two.flops - one.flops, two.received_bytes - one.received_bytes, minimum,
+                two.collectives - one.collectives, two.operations - one.operations, two.peak_bytes, two.held_at_peak,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _counts_of(
+    model_of: Callable[..., Forward], version: str, layers: int, shape: LatentShape, chunks: int, config: ParallelConfig
+) -> Counts:
+    with rank_zero_of(config) as group, FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        forward = model_of(version, layers, shape, chunks)
+        with counted() as counts:
+            out = forward(group)
+        del out
+        return counts
+
+
+def _latent(shape: LatentShape) -> torch.Tensor:
+    return torch.empty(1, 128, shape.frames, shape.height, shape.width, dtype=_DTYPE)
+
+
+def _audio_tokens(shape: LatentShape) -> int:
+    return round(shape.pixel_frames * AUDIO_TOKENS_PER_FRAME)
+
+
+def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: int) -> Forward:
+    from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, TensorInfo
+    from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
+    from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
+    from rayltx.diffusion_models.lightricks.tiny_models import build_reference, official_tensors
+
+    config = transformer_config(version, layers)
+    with torch.device("meta"):
+        named = official_tensors(build_reference(version, layers, config), prefix="")
+    infos = {name: TensorInfo(_DTYPE, tuple(tensor.shape)) for name, tensor in named.items()}
+    model = DiffusersModel.of_checkpoint(Checkpoint("a model without weights", "", infos, {}, {"transformer": config}))
+    host = DiffusersHost(model)
+    host.assign({name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()})
+    host.finish_loading()
+    widths = model.context_widths()
+    inputs: dict[str, Any] = {
+        "latent": _latent(shape),
+        "timestep": torch.full((1,), _SIGMA),
+        "context": torch.empty(1, TEXT_TOKENS, widths[0], dtype=_DTYPE),
+        "feed_forward_chunks": chunks,
+    }
+    if model.has_audio:
+        inputs["audio_latent"] = torch.empty(1, 8, _audio_tokens(shape), 16, dtype=_DTYPE)
+        inputs["audio_context"] = torch.empty(1, TEXT_TOKENS, widths[1], dtype=_DTYPE)
+    return lambda group: host.forward(group, inputs)
+
+
+def _comfyui_forward(folder: Path) -> Callable[..., Forward]:
+    from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, enter
+
+    enter(ComfyEnvironment.headless(str(folder.resolve()), cpu=True), "cpu")
+
+    def forward_of(version: str, layers: int, shape: LatentShape, chunks: int) -> Forward:
+        import comfy.ldm.modules.attention as attention
+        import comfy.ops
+
+        from rayltx.comfy_dist.model_spec import has_audio, text_width
+        from rayltx.comfy_dist.tiny_checkpoints import model_class
+        from rayltx.diffusion_models.lightricks.comfyui_rows import shared
+
+        # ComfyUI's choice on a CPU takes more memory where more is free.
+        attention.optimized_attention = attention.optimized_attention_masked = attention.attention_pytorch
+        operations = comfy.ops.disable_weight_init
+        model = model_class(version)(
+            **comfyui_config(version, layers), dtype=_DTYPE, device="cpu", operations=operations
+        ).requires_grad_(False)
+        x: Any = _latent(shape)
+        timestep: Any = torch.full((1,), _SIGMA)
+        mask = None
+        if has_audio(model):
+            x, timestep = [x, torch.empty(1, 8, _audio_tokens(shape), 16, dtype=_DTYPE)], (timestep, timestep)
+        else:
+            mask = torch.ones(1, TEXT_TOKENS, dtype=torch.int64)
+        context = torch.empty(1, TEXT_TOKENS, text_width(model), dtype=_DTYPE)
+
+        def forward(group: SequenceParallelGroup) -> object:
+            with shared(model, group, chunks):
+                return model(x, timestep, context=context, attention_mask=mask, frame_rate=25.0, transformer_options={})
+
+        return forward
+
+    return forward_of
+
+
+def _print(options: CountOptions, shape: LatentShape, found: list[LayerCounts]) -> None:
+    console = Console(width=max(Console().width, 110))
+    host = "diffusers'" if options.comfyui is None else "ComfyUI's"
+    console.print(
+        f"{host} {options.version}, {options.width}x{options.height}, {options.frames} frames: {shape.num_tokens} video tokens. "
+        "A layer on the rank with the most tokens, bfloat16; all of it counted",
+        highlight=False,
+    )
+    table = Table(box=SIMPLE_HEAD)
+    for column in (
+        "ranks",
+        "GFLOP",
+        "all ranks'",
+        "received",
+        "of the minimum",
+        "collectives",
+        "operations",
+        "peak",
+        "of one's",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    alone = found[0] if found[0].config.world_size == 1 else None
+    for each in found:
+        ranks = each.config.world_size
+        table.add_row(
+            str(ranks),
+            f"{each.flops / 1e9:.1f}",
+            f"{ranks * each.flops / alone.flops:.4f}" if alone else "",
+            f"{each.received_bytes / 2**20:.2f} MiB",
+            f"{each.of_minimum:.4f}" if ranks > 1 else "",
+            str(each.collectives),
+            str(each.operations),
+            f"{each.peak_bytes / 2**20:.0f} MiB",
+            f"{each.peak_bytes / alone.peak_bytes:.3f}" if alone else "",
+        )
+    console.print(table)
+    for each in found:
+        console.print(f"at the peak on 1 of {each.config.world_size}:", highlight=False)
+        for line, num_bytes in list(each.held_at_peak.items())[:_LINES]:
+            console.print(f"  {num_bytes / 2**20:8.0f} MiB  {line}", highlight=False)

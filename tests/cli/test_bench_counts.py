@@ -1,0 +1,32 @@
+"""`rayltx bench counts`, and what it has to count of diffusers' models."""
+
+import pytest
+from layer_counts import check, counted
+from rayltx_command import rayltx
+
+
+def test_a_layer_of_diffusers_costs_no_more():
+    layers = counted()
+    check(layers, {1: 1.0, 2: 1.01, 4: 1.03, 8: 1.07})
+    assert any(line.startswith("diffusion_models/") for line in layers[2]["held_at_peak"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["LTX-Video", "LTX-2.3", "LTX-2.5"])
+def test_every_version_can_be_counted(version):
+    layers = counted("--model", version, "--ranks", "1,3")
+    assert layers[3]["of_minimum"] <= 1.05 and 3 * layers[3]["flops"] >= layers[1]["flops"]
+
+
+@pytest.mark.slow
+def test_long_videos_fall_with_the_ranks():
+    layers = counted("--width", 1920, "--height", 1088, "--frames", 897)
+    for ranks, layer in layers.items():
+        assert layer["peak_bytes"] <= (1 / ranks + 0.05) * layers[1]["peak_bytes"]
+        assert layer["of_minimum"] <= 1.05
+
+
+@pytest.mark.parametrize("flags, words", [(("--ranks", "0,1"), 'ranks="0,1"'), (("--model", "LTX-9"), "model=LTX-9")])
+def test_what_cannot_be_counted_is_told(flags, words):
+    done = rayltx("bench", "counts", *flags)
+    assert done.returncode == 2 and words in done.stderr
