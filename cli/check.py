@@ -51,6 +51,8 @@ def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None
     this process; or of the ComfyUI at `comfyui`, compared with themselves in one process. Raises InputError for a version
     that is not known.
     """
+    if options.workers < 1:
+        raise InputError(f"workers={options.workers} must be at least 1: the most that are checked")
     request, _ = options.resolve()
     if comfyui is None:
         _check_versions(versions)

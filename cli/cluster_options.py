@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rayltx.devices import automatic, kind_of
+from rayltx.devices import CPU, automatic, kind_of
+from rayltx.distributed_worker.driver.protocol import LOCAL
 from rayltx.distributed_worker.gpu_pinning import parse_gpu_indices, parse_shares
 from rayltx.distributed_worker.request import ClusterRequest
-from rayltx.errors import DeviceError
+from rayltx.errors import DeviceError, ParallelConfigError
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 
@@ -29,6 +30,12 @@ class ClusterOptions:
         device = self.device
         if device == "auto":
             device = automatic()
+        if self.workers < 0:
+            raise ParallelConfigError(f"workers={self.workers} must be at least 1; 0 is one for each GPU")
+        if device != CPU and self.address == LOCAL and not kind_of(device).count():
+            raise DeviceError(
+                f"there is no {device} device that torch can use here; mend the driver, or use --device cpu"
+            )
         if self.object_store_gb < 0:
             raise DeviceError(f"object-store-gb={self.object_store_gb} must not be negative; 0 chooses automatically")
         workers = self.workers

@@ -8,7 +8,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from rayltx.diffusion_models.lightricks.safetensors_files import damage_of
 from rayltx.errors import CheckpointError, InputError
+from rayltx.whole_files import check_is_file
 
 FILE_KEYS = ("context", "context_mask", "audio_context", "audio_context_mask")
 NEGATIVE = "negative_"
@@ -21,12 +23,11 @@ def load_conditioning(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None
     same names behind `negative_` are the negative side. Returns None for a negative side that is not there.
     Raises CheckpointError for a file that cannot be read, InputError for one without `context`.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    check_is_file(path)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+        raise CheckpointError(f"{path}: {damage_of(error)}") from error
     unknown = sorted(name for name in tensors if name.removeprefix(NEGATIVE) not in FILE_KEYS)
     if unknown or "context" not in tensors:
         raise InputError(

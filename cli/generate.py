@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ DEMO_CHECKPOINT = ROOT / "demo" / "shapes.safetensors"
 DEMO_PIXELS = "rayltx-dct-8x32x32"  # in the demo checkpoint's config: how its latents become pixels
 DEFAULT_PROMPT = "red-circle-right"
 AUDIO_TOKENS_PER_S = 25.0
+_SEEDS = 2**64  # how many there are, in ComfyUI too
 
 OnStep = Callable[[int, dict[str, Tensor]], None]
 
@@ -65,8 +67,12 @@ class GenerateOptions:
 def run_generate(options: GenerateOptions) -> None:
     """Check everything that can be checked, then start workers, load, sample and write."""
     shape = LatentShape.from_pixels(options.width, options.height, options.frames)
-    if options.frame_rate <= 0:
-        raise InputError(f"frame-rate={options.frame_rate} must be positive")
+    if not 0 < options.frame_rate < math.inf:
+        raise InputError(f"frame-rate={options.frame_rate} must be a positive number")
+    if not math.isfinite(options.cfg):
+        raise InputError(f"cfg={options.cfg} must be a number")
+    if not 0 <= options.seed < _SEEDS:
+        raise InputError(f"seed={options.seed} must be from 0 to {_SEEDS - 1}")
     if options.chunks < 0:
         raise InputError(f"chunks={options.chunks} must be 0 (automatic) or more")
     checkpoint = open_model_file(options.checkpoint or DEMO_CHECKPOINT)
@@ -229,7 +235,7 @@ def _conditioning(options: GenerateOptions, is_demo: bool) -> tuple[dict[str, An
     elif is_demo:
         from rayltx.demo.prompts import parse_prompt, scene_context
 
-        context, mask = scene_context(parse_prompt(options.prompt or DEFAULT_PROMPT))
+        context, mask = scene_context(parse_prompt(DEFAULT_PROMPT if options.prompt is None else options.prompt))
         empty_context, empty_mask = scene_context(None)
         positive = {"context": context, "context_mask": mask}
         negative = {"context": empty_context, "context_mask": empty_mask}

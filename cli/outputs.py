@@ -31,6 +31,8 @@ _GAP = 4  # pixels between the frames of a sheet
 def check_outputs(paths: list[Path], has_pixels: bool) -> None:
     """Raises InputError and MissingPackageError for what cannot be written, before anything is computed."""
     for path in paths:
+        if path.is_dir():
+            raise InputError(f"output {path}: is a folder; name a file in it")
         if path.suffix.lower() not in (*PIXEL_SUFFIXES, LATENT_SUFFIX):
             raise InputError(f"output {path}: must end with {', '.join(PIXEL_SUFFIXES)} or {LATENT_SUFFIX}")
         if path.suffix.lower() != LATENT_SUFFIX and not has_pixels:
@@ -45,8 +47,6 @@ def check_outputs(paths: list[Path], has_pixels: bool) -> None:
                 pass
         except OSError as error:
             raise InputError(f"output {path}: cannot be written there ({error.strerror})") from error
-        if path.is_dir():
-            raise InputError(f"output {path}: is a folder; name a file in it")
 
 
 def write_output(

@@ -1,10 +1,14 @@
 """What is written appears when it is whole, or not at all."""
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rayltx.errors import InputError
 from rayltx.whole_files import appearing_whole
@@ -39,6 +43,17 @@ def test_a_writer_that_goes_by_the_ending_finds_it(tmp_path):
         assert temporary.suffix == ".gif"
         temporary.touch()
     assert (tmp_path / "a.gif").exists()
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_the_file_is_for_whom_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with appearing_whole(tmp_path / "a.safetensors", ".safetensors") as temporary:
+            save_file({"a": torch.zeros(1)}, temporary)  # which writes files for their owner alone
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == mode
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):

@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rayltx.diffusion_models.lightricks.safetensors_files import SAFETENSORS_DTYPES, open_safetensors
+from rayltx.diffusion_models.lightricks.safetensors_files import SAFETENSORS_DTYPES, damage_of, open_safetensors
 from rayltx.errors import CheckpointError
+from rayltx.whole_files import check_is_file
 
 OFFICIAL_PREFIX = "model.diffusion_model."
 # Under which a file may keep the transformer's names, or under none: the official one, and others that ComfyUI takes off.
@@ -179,8 +180,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises CheckpointError if it is missing, a pickle, damaged, or not an LTX transformer.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    check_is_file(path)
     if path.suffix.lower() in _PICKLE_SUFFIXES or _looks_like_pickle(path):
         raise CheckpointError(
             f"{path}: a pickle can run code when it is opened, so it is refused; use a .safetensors file of the model"
@@ -190,7 +190,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         with open_safetensors(path) as file:
             metadata, found = dict(file.metadata()), file.described()
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+        raise CheckpointError(f"{path}: {damage_of(error)}") from error
     prefix = transformer_prefix(path, found)
     tensors = {}
     for name, (dtype, shape) in found.items():

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # As safetensors spells them, and the way back.
+# Of a file whose first eight bytes, read as the header's length, are no length: text, or another format's mark.
+_OF_ANOTHER_KIND = "header too large"
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -128,3 +130,10 @@ class _WithTail:
         if begin % dtype.itemsize:  # cannot be seen as numbers where it lies
             found = found.clone()
         return found.view(dtype).view(entry["shape"])
+
+
+def damage_of(error: Exception) -> str:
+    """What a file is that the safetensors package does not read: of another kind, or cut. error: what it said."""
+    if _OF_ANOTHER_KIND in str(error):
+        return f"no safetensors file, whatever its name says, or damaged at its beginning ({error})"
+    return f"not a whole safetensors file ({error}); download it again"

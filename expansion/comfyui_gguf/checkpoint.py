@@ -21,13 +21,13 @@ from rayltx.diffusion_models.lightricks.checkpoint import (
     open_checkpoint,
     read_config,
 )
-from rayltx.errors import CheckpointError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor, dequantise
 from rayltx.expansion.comfyui_gguf.header import MAGIC
 from rayltx.expansion.comfyui_gguf.loader import open_ltx_gguf
 from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES
 from rayltx.expansion.comfyui_gguf.reading import GGUFFile, GGUFFileReader
 from rayltx.expansion.comfyui_gguf.scales import check_scales
+from rayltx.whole_files import check_is_file
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GGUFCheckpoint:
 
 def open_model_file(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint of either kind. Raises CheckpointError, as the one for its kind does."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file")
+    check_is_file(Path(path))
     with open(path, "rb") as file:
         is_gguf = file.read(len(MAGIC)) == MAGIC
     if is_gguf or Path(path).suffix.lower() == ".gguf":

@@ -28,13 +28,14 @@ from rayltx.diffusion_models.lightricks.checkpoint import find_prefix, transform
 from rayltx.diffusion_models.lightricks.safetensors_files import (
     SAFETENSORS_DTYPES,
     SAFETENSORS_NAMES,
+    damage_of,
     open_safetensors,
 )
 from rayltx.errors import CheckpointError, InputError, UnsupportedError
 from rayltx.expansion.comfyui_gguf.dequantisation import QuantisedTensor
 from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES, num_bytes
 from rayltx.expansion.comfyui_gguf.reading import ORIGINAL_SHAPE, GGUFFile, open_gguf
-from rayltx.whole_files import appearing_whole
+from rayltx.whole_files import appearing_whole, check_is_file
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +123,7 @@ class _Plan:
 
 
 def _to_gguf(source: Path, target: Path, type: GGMLQuantizationType | None, progress: Progress | None) -> None:
-    if not source.is_file():
-        raise CheckpointError(f"{source}: no such file")
+    check_is_file(source)
     try:
         with open_safetensors(source) as file:
             described = file.described()
@@ -145,7 +145,7 @@ def _to_gguf(source: Path, target: Path, type: GGMLQuantizationType | None, prog
                     writer.close()
                 open_gguf(temporary)
     except SafetensorError as error:
-        raise CheckpointError(f"{source}: not a whole safetensors file ({error}); download it again") from error
+        raise CheckpointError(f"{source}: {damage_of(error)}") from error
     _report(progress, len(plans), len(plans), "")
 
 

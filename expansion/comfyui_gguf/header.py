@@ -21,6 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType,
 
 from rayltx.errors import CheckpointError
 from rayltx.expansion.comfyui_gguf.quant_types import PLAIN_DTYPES, num_bytes
+from rayltx.whole_files import check_is_file
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # 1 counts in 32 bits, and has not been written since 2023
@@ -69,8 +70,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Raises CheckpointError, by file, tensor and reason, if the file is not a GGUF or holds less than it says."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    check_is_file(path)
     with path.open("rb") as file:
         start = file.read(len(MAGIC) + 4)  # and the version
         if len(start) < len(MAGIC) + 4 or not start.startswith(MAGIC):

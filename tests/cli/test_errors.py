@@ -16,6 +16,7 @@ def files(tmp_path_factory):
     save_tiny_checkpoint(folder / "ltx2.safetensors", "LTX-2")
     (folder / "cut.safetensors").write_bytes((folder / "ltx.safetensors").read_bytes()[:5000])
     torch.save({}, folder / "model.ckpt")
+    (folder / "notes.safetensors").write_text("Not a model, but what someone wrote down about one.\n")
     save_file({"unet.weight": torch.zeros(2)}, folder / "other.safetensors")
     save_file({"context": torch.zeros(1, 4, 47)}, folder / "narrow.safetensors")
     save_file({"context": torch.zeros(1, 4, 48)}, folder / "text.safetensors")
@@ -26,21 +27,34 @@ def files(tmp_path_factory):
 NARROW, TEXT = "{}/narrow.safetensors", "{}/text.safetensors"
 CASES = [
     (["generate", "{}/nothing.safetensors"], "no such file"),
+    (["generate", "{}"], "is a folder; name the file in it"),
+    (["info", "{}"], "is a folder; name the file in it"),
+    (["generate", "{}/notes.safetensors"], "no safetensors file, whatever its name says"),
+    (["generate", "--prompt", ""], "prompt=''"),
+    (["generate", "--seed", "-1"], "seed=-1 must be from 0"),
+    (["generate", "--seed", "18446744073709551616"], "seed=18446744073709551616 must be from 0"),
+    (["generate", "--cfg", "nan"], "cfg=nan must be a number"),
+    (["generate", "--frame-rate", "nan"], "frame-rate=nan must be a positive number"),
+    (["generate", "--device", "cuda"], "there is no cuda device"),
+    (["doctor", "--device", "cuda"], "there is no cuda device"),
+    (["check", "--workers", "0"], "workers=0 must be at least 1"),
+    (["generate", "--shares", "1,2", "--workers", "3"], 'shares="1,2" must be 3 numbers above 0'),
+    (["generate", "--output", "{}"], "is a folder; name a file in it"),
     (["generate", "{}/cut.safetensors"], "not a whole safetensors file"),
     (["generate", "{}/model.ckpt"], "a pickle can run code"),
     (["generate", "{}/other.safetensors"], "not an LTX transformer"),
     (["generate", "--workers", "4", "--ulysses", "3"], "ulysses_degree=3 must divide workers=4; try one of 1, 2, 4"),
     (["generate", "--workers", "8", "--ulysses", "2", "--ring", "1"], "2 x ring_degree=1 x cfg_degree=2 = 4, but workers=8"),
     (["generate", "--workers", "-1"], "workers=-1"),
-    (["generate", "--device", "cuda", "--workers", "2"], "workers=2 need a GPU each, but 0 are visible"),
-    (["generate", "--device", "cuda", "--gpus", "0,9"], "GPU index 0 does not exist"),
+    (["generate", "--device", "cuda", "--workers", "2"], "there is no cuda device"),
+    (["generate", "--device", "cuda", "--gpus", "0,9"], "there is no cuda device"),
     (["generate", "--device", "cpu", "--gpus", "0"], "need the device cuda"),
     (["generate", "--gpus", "x"], 'gpu_indices="x"'),
     (["generate", "--frames", "0"], "frames=0 must be 8k + 1"),
     (["generate", "--frames", "24"], "frames=24 must be 8k + 1 (1, 9, 17, ...); try 25"),
     (["generate", "--width", "0"], "width=0 must be a positive multiple of 32"),
     (["generate", "--height", "100"], "height=100 must be a positive multiple of 32; try 96"),
-    (["generate", "--frame-rate", "0"], "frame-rate=0.0 must be positive"),
+    (["generate", "--frame-rate", "0"], "frame-rate=0.0 must be a positive"),
     (["generate", "--steps", "0"], "steps=0 must be at least 1"),
     (["generate", "--sigmas", "0,1"], 'sigmas="0,1"'),
     (["generate", "--chunks", "-2"], "chunks=-2"),
