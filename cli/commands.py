@@ -130,7 +130,7 @@ def generate(
             frame_rate=frame_rate, steps=steps, sigmas=sigmas, cfg=cfg, seed=seed, chunks=chunks, dtype=dtype.value,
             outputs=output or [Path("output/rayltx.mp4")], verify=verify, comfyui=comfyui,
             cluster=_cluster_options(
-                workers, device, gpus, address, object_store_gb, (ulysses, ring, cfg_degree if cfg != 1.0 else 1), shares
+                workers, device, gpus, address, object_store_gb, (ulysses, ring, cfg_degree or (0 if cfg != 1.0 else 1)), shares
             ),
         )
     )  # fmt: skip

@@ -139,5 +139,5 @@ def prediction(link: LinkReport, config: ParallelConfig, work: Work, flops_per_s
     return Fact(
         f"{ranks} workers",
         value,
-        f"one {kind.name} would be faster: the link carries too little for this size; use GPU 1",
+        f"one {kind.name} would be as fast: {found.bound_by} at this size; use GPU 1",
     )

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from rayltx.cli.bench.real_sizes import AUDIO_TOKENS_PER_FRAME
 from rayltx.devices import CPU, automatic, kind_of
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import LTX_2, ModelShape
@@ -23,7 +24,6 @@ from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
 ASSUMED_CARDS = Cards(
     flops_per_s=100e12, link_bytes_per_s=11e9, small_s=50e-6, memory_bytes=24 * 2**30, host_bytes_per_s=20e9
 )
-_AUDIO_TOKENS_PER_FRAME = 126 / 121  # of LTX-2, at 24 frames a second
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def model_of(path: Path | None) -> tuple[ModelShape, int]:
 
 def audio_tokens(model: ModelShape, shape: LatentShape) -> int:
     """Of sound as long as the video."""
-    return round(shape.pixel_frames * _AUDIO_TOKENS_PER_FRAME) if model.audio_width else 0
+    return round(shape.pixel_frames * AUDIO_TOKENS_PER_FRAME) if model.audio_width else 0
 
 
 def run_plan(options: PlanOptions) -> None:
@@ -94,14 +94,14 @@ def _cards(options: PlanOptions) -> tuple[Cards, dict[str, str]]:
         "link_bytes_per_s": options.link * 1e9,
         "memory_bytes": int(options.memory * 2**30),
     }
-    found = {} if kind.name == CPU else {"flops_per_s": flops_per_s(kind), "memory_bytes": kind.total_bytes()}
+    found = {} if kind.name == CPU else {"flops_per_s": lambda: flops_per_s(kind), "memory_bytes": kind.total_bytes}
     numbers, origins = dataclasses.asdict(ASSUMED_CARDS), {}
     for name in numbers:
         origins[name] = "assumed"
-        if name in found:
-            numbers[name], origins[name] = found[name], "measured here"
         if given.get(name):
             numbers[name], origins[name] = given[name], "given"
+        elif name in found:
+            numbers[name], origins[name] = found[name](), "measured here"
     return Cards(**numbers), origins
 
 
@@ -142,8 +142,7 @@ def _print(
     most = max(found.config.world_size for found in plans)
     if chosen.config.world_size < most:
         console.print(
-            f"more than {chosen.config.world_size} of these cards bring next to nothing for this size: the link carries too "
-            "little"
+            f"more than {chosen.config.world_size} of these cards bring next to nothing for this size: {chosen.bound_by}"
         )
 
 

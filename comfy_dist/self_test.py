@@ -75,13 +75,14 @@ class Case:
     name: str
     batch: int = 1
     text_mask: bool = False
-    mask: str = ""  # "frame": image-to-video; "space": inpainting; "mixed": frames differ between batch elements
+    mask: str = ""  # "frame": image-to-video; "space": inpainting; "mixed", "space in one": rows of the batch differ
     guides: int = 0  # latent frames appended as guides
     guide_strength: float = 1.0
     guide_pixel_mask: bool = False
     dilated: bool = False  # guides of a smaller grid, as IC-LoRAs have them
     audio: bool = True
     reference_audio: bool = False
+    given_audio: bool = False  # of the first of the batch: its timestep is 0
     generated_keyframes: bool = False
     options: tuple[tuple[str, object], ...] = ()
     kinds: int = 0  # of conditioning in the batch, as the options say; 0: they say nothing
@@ -105,7 +106,14 @@ CASES = (
     Case("without audio-to-video attention", options=(("a2v_cross_attn", False),)),
     Case("without video-to-audio attention", options=(("v2a_cross_attn", False),)),
 )
-_AUDIO_CASES = ("video only", "reference audio", "without audio-to-video attention", "without video-to-audio attention")
+# By the beginnings of their names.
+_AUDIO_CASES = (
+    "sound of one clip given",
+    "video only",
+    "reference audio",
+    "without audio-to-video attention",
+    "without video-to-audio attention",
+)
 
 
 def case_like(x: object, kwargs: Mapping[str, Any]) -> Case:
@@ -126,25 +134,40 @@ def case_like(x: object, kwargs: Mapping[str, Any]) -> Case:
     )
 
 
-def cases_for(model: DiffusionModel) -> list[Case]:
-    possible = [case for case in CASES if has_audio(model) or case.name not in _AUDIO_CASES]
+def cases_for(model: DiffusionModel, group: SequenceParallelGroup) -> list[Case]:
+    """What this model can be asked for, by the ranks of this group."""
+    possible = [
+        case for case in [*CASES, *_of_row_groups(group)] if has_audio(model) or not case.name.startswith(_AUDIO_CASES)
+    ]
     return [case for case in possible if not case.own_attention or _choosing_layers(model)]
 
 
-def of_row_groups(group: SequenceParallelGroup) -> list[Case]:
-    """Batches whose rows go to as many groups of ranks as there can be: clips of one conditioning each, and of two."""
-    return [
-        Case(
-            f"{groups} rows{' of two kinds' if kinds > 1 else ''}",
-            batch=groups,
-            text_mask=True,
-            mask="mixed",
-            kinds=kinds,
-        )
+def _of_row_groups(group: SequenceParallelGroup) -> list[Case]:
+    """Batches whose rows go to as many groups of ranks as there can be: every kind of input, and what ComfyUI's model decides
+    for all rows together."""
+    most = max(group.row_groups, default=1)
+    if most == 1:
+        return []
+    apart = [
+        dataclasses.replace(case, name=f"{case.name}, {groups} rows", batch=groups, kinds=2 if groups % 2 == 0 else 1)
         for groups in group.row_groups
-        for kinds in (1, 2)
-        if groups % kinds == 0
+        for case in (CASES if groups == most else CASES[:1])
     ]
+    together = [
+        Case("unlike masks of clips", batch=most, mask="mixed", kinds=1),
+        Case("one clip inpainted", batch=most, mask="space in one", kinds=1),
+        Case(
+            "small-grid guides of some clips",
+            batch=most,
+            guides=1,
+            dilated=True,
+            guide_strength=0.7,
+            mask="mixed",
+            kinds=1,
+        ),
+        Case("sound of one clip given", batch=most, kinds=1, given_audio=True),
+    ]
+    return apart + together
 
 
 def _choosing_layers(model: DiffusionModel) -> list[Any]:
@@ -223,7 +246,10 @@ def forward_arguments(
         streams.append(randn(batch, model.num_audio_channels, _AUDIO_TOKENS, model.audio_frequency_bins))
     if case.reference_audio:
         kwargs["ref_audio"] = {"tokens": randn(1, _REFERENCE_TOKENS, model.audio_in_channels)}
-    return (streams, (timestep, sigma)), kwargs
+    audio_sigma = sigma
+    if case.given_audio:
+        audio_sigma = torch.where(torch.arange(batch, device=device) == 0, 0.0, sigma)
+    return (streams, (timestep, audio_sigma)), kwargs
 
 
 def _denoise_mask(case: Case, batch: int, frames: int, height: int, width: int) -> Tensor:
@@ -234,11 +260,15 @@ def _denoise_mask(case: Case, batch: int, frames: int, height: int, width: int) 
         mask[:, :, 1, 1:, 2:4] = 0.3
     elif case.mask == "mixed":
         mask[::2, :, 0] = 0.0
+    elif case.mask == "space in one":
+        mask[-1:, :, 1, 1:, 2:4] = 0.3
     if case.guides:
         mask[:, :, -case.guides :] = 1.0 - min(case.guide_strength, 1.0)
         if case.dilated:  # only every second row and column holds a token; -1 takes the others out of the sequence
             sparse = torch.full_like(mask[:, :, -case.guides :], -1.0)
             sparse[..., ::2, ::2] = 1.0 - case.guide_strength
+            if case.mask == "mixed":
+                sparse[1:] = 1.0 - case.guide_strength
             mask[:, :, -case.guides :] = sparse
     return mask
 
@@ -294,7 +324,7 @@ def errors_by_case(
     errors: dict[str, float | str] = {}
     refused = ""
     with torch.inference_mode(), ieee_float32():
-        for number, case in enumerate([*cases_for(model), *of_row_groups(group)]):
+        for number, case in enumerate(cases_for(model, group)):
             # In turn with all heads at once and in groups, as large videos have them.
             in_turn = dataclasses.replace(group, head_groups=1 + number % 2)
             try:

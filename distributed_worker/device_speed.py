@@ -11,7 +11,7 @@ from rayltx.devices import CPU, DeviceKind
 
 _MATRIX, _PRODUCTS, _REPEATS = 2048, 2, 5  # on the CPU
 _GPU_MATRIX, _GPU_PRODUCTS = 8192, 10  # for a launch to count for nothing
-_STEPS = 20  # of a share: measured again, a card is to get what it got before
+_STEPS = 20  # of a share: finer than what a measurement is worth
 
 
 def flops_per_s(kind: DeviceKind) -> float:

@@ -53,5 +53,6 @@ def differing_cards(request: ClusterRequest) -> str:
         return ""
     names = ", ".join(chosen)
     return (
-        f"the GPUs differ ({names}): each gets an equal share of the video, so the slowest and smallest sets the pace"
+        f"the GPUs differ ({names}): each gets a share of the video by its speed, unless gpu_shares says otherwise; with "
+        "cfg_degree or dp_degree above 1 groups of them get as many rows each, and the slowest group sets the pace"
     )

@@ -55,7 +55,7 @@ class Progress:
             usual_s = max(usual_s, self._expected_s) if self._expected_s else 0.0
         limit_s = max(self._at_least_s, _TIMES * usual_s) if behind and usual_s else self._unknown_s
         if now - self.last < limit_s:
-            return {}  # they meet in every block: where one goes on, all do
+            return {}  # they meet in every block: where one goes on, all do; with rows apart, until it comes to the last
         return {rank: seconds for rank, seconds in waiting.items() if blocks[rank] == behind}
 
     def where(self, rank: int) -> int:

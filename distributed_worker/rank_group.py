@@ -313,7 +313,11 @@ class RankGroup:
                 self.ensure_whole()
                 return self.run_on(ranks, ask(Worker.speed), "measuring the devices")
 
-            speeds = self.repeated(measured, "measuring the devices")
+            try:
+                speeds = self.repeated(measured, "measuring the devices")
+            except OutOfMemory as error:
+                logger.warning("no memory to measure the devices, so each rank gets as much: %s", first_line(error))
+                return config
             self._shares[descriptions] = shares_by_speed([speeds[rank] for rank in ranks])
             told = ", ".join(f"{speeds[rank] / 1e12:.1f} on rank {rank}" for rank in ranks)
             logger.info("unlike devices (TFLOP/s: %s): shares %s", told, self._shares[descriptions] or "alike")

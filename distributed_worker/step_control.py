@@ -1,9 +1,10 @@
 """A few numbers that the ranks of a step and ComfyUI's process share while it runs: how far each rank is, and when to stop.
 
 All ranks have to stop at the same block, or some would wait in an exchange for others that have left. So rank 0 decides: it
-says at each block whether it goes on, and the others look there before they enter theirs. As all of them meet in every block
-anyway, that costs a look at memory. The numbers lie in a memory file (see `shared_bytes`); where ranks are on several machines
-they ask ComfyUI's process for each look (see `meeting_server`).
+says at each block whether it goes on, and the others look there before they enter theirs. Ranks that share tokens meet in every
+block anyway, so that it costs a look at memory; those that have other rows can be some blocks behind. The numbers lie in a
+memory file (see `shared_bytes`); where ranks are on several machines they ask ComfyUI's process for each look (see
+`meeting_server`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class StepControl:
         if rank == 0 and self._numbers[_SAID] >= 0:
             numbers[_SAID] = -block if numbers[_WANTED] == _CANCEL else block
         said = self._said_of(block)
-        if said < 0:
+        # Ranks that are behind rank 0 go on to the block that it named: others of theirs may be in this one already.
+        if said < 0 and block >= -said:
             raise StepCancelled(f"cancelled before block {-said}")
 
     def _said_of(self, block: int) -> int:

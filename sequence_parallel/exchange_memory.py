@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from rayltx.sequence_parallel.partition import ParallelConfig
+from rayltx.sequence_parallel.partition import ParallelConfig, TokenPartition
 
 _ULYSSES_COPIES = 6  # of query, key and value: as they are sent, and as they arrive
 _RING_COPIES = 5  # of key and value: here and arriving; and one part's output
 _RING_SUMS = 2  # in float32: of the outputs so far, and of the one that is added
 _SUM_BYTES = 4
+_FINE = 10**4  # parts of all heads, whose number is not asked for
 
 
 def exchange_bytes(config: ParallelConfig, num_tokens: int, batch: int, width: int, element_bytes: int) -> int:
@@ -15,7 +16,17 @@ def exchange_bytes(config: ParallelConfig, num_tokens: int, batch: int, width: i
 
     num_tokens: of the whole sequence. width: of all heads together. element_bytes: of the dtype that is exchanged.
     """
-    elements = max(config.token_sizes(num_tokens).sizes) * batch * width
+    groups = config.groups_of(batch)
+    parts = [config.of_group(groups, index) for index in range(groups)]
+    return max(_of_one_group(part, num_tokens, batch // groups, width, element_bytes) for part in parts)
+
+
+def _of_one_group(config: ParallelConfig, num_tokens: int, batch: int, width: int, element_bytes: int) -> int:
+    tokens = TokenPartition.of(num_tokens, config)
+    # A rank sends its tokens with all heads, and receives its chunk's with some: by its share of both.
+    heads = config.head_sizes(_FINE).sizes
+    received = max(-(-chunk * head // _FINE) for chunk in tokens.chunks.sizes for head in heads)
+    elements = max(*tokens.tokens.sizes, received) * batch * width
     ulysses = _ULYSSES_COPIES * element_bytes if config.ulysses_degree > 1 else 0
     ring = _RING_COPIES * element_bytes + _RING_SUMS * _SUM_BYTES if config.ring_degree > 1 else 0
     # The ring begins when what was sent is gone, and what has arrived is not.

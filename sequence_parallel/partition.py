@@ -125,6 +125,10 @@ class ParallelConfig:
         groups = [self.of_group(number, index).shares for number in self.row_divisions for index in range(number)]
         return max(max(shares) / sum(shares) * len(shares) for shares in groups) / self.world_size
 
+    def groups_of(self, rows: int) -> int:
+        """In how many groups a batch of so many rows goes."""
+        return max(groups for groups in self.row_divisions if rows % groups == 0)
+
     def of_group(self, groups: int, index: int = 0) -> ParallelConfig:
         """How the ranks of one of `groups` groups share the tokens of its rows.
 
@@ -178,7 +182,8 @@ class ParallelConfig:
         if not given["cfg_degree"]:
             given["cfg_degree"] = 2 if left % 2 == 0 and left else 1
             left //= given["cfg_degree"]
-        for name in ("ulysses_degree", "ring_degree", "dp_degree"):
+        given["dp_degree"] = given["dp_degree"] or 1  # what else would make clips of the GPUs' number?
+        for name in ("ulysses_degree", "ring_degree"):
             if not given[name]:
                 given[name], left = max(1, left), 1
         product = math.prod(given.values())

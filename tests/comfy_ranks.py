@@ -261,7 +261,7 @@ def disguised_cases(path, version, degrees):
     # Not in inference mode, which goes past a tensor's own dispatch.
     with torch.inference_mode(False), torch.no_grad():
         model = self_test.tiny_model(model_class(version), CONFIGS[version], cpu)
-        cases = [*self_test.cases_for(model), *self_test.of_row_groups(group)]
+        cases = self_test.cases_for(model, group)
         references = {case.name: self_test.call(model, case, cpu) for case in cases}
         disguise.disguise(model)
 
@@ -297,7 +297,9 @@ def rows_in_blocks(path, version, degrees):
     cases = [Case(f"{batch} rows", batch=batch, kinds=1) for batch in (1, 2, 3, 4)]
     found = {}
     with torch.inference_mode():
-        for case in [*cases, Case("unlike sigmas", batch=2)]:
+        others = [Case("unlike sigmas", batch=2), Case("unlike masks", batch=2, mask="mixed", kinds=1)]
+        others += [Case("unlike sound", batch=2, given_audio=True, kinds=1)] if version != "LTX-Video" else []
+        for case in [*cases, *others]:
             seen = []
 
             def watch(x, *args, seen=seen, blocks=model._process_transformer_blocks, **kwargs):

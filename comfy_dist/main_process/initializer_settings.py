@@ -103,7 +103,8 @@ class InitializerSettings:
 
     def _degrees(self) -> tuple[int, int, int, int]:
         """In the order of `ParallelConfig`. cfg_degree was a switch once."""
-        return self.ulysses_degree, self.ring_degree, int(self.cfg_degree) + (self.cfg_degree is True), self.dp_degree
+        cfg_degree = 1 + self.cfg_degree if isinstance(self.cfg_degree, bool) else self.cfg_degree
+        return self.ulysses_degree, self.ring_degree, cfg_degree, self.dp_degree
 
     def _refuse_what_is_not_here(self) -> None:
         for name in ("FSDP", "FSDP_CPU_OFFLOAD"):

@@ -25,7 +25,7 @@ def with_ulysses(model: Model, num_gpus: int, chunks: int) -> tuple[Model, str]:
     Raises InputError for a MODEL that is not ours, ParallelConfigError for more ranks than workers.
     """
     _require_twin(model)
-    shared = _shared(model, ParallelConfig(ulysses_degree=num_gpus))
+    shared = _shared(model, _with_shares_of(model, ParallelConfig(ulysses_degree=num_gpus)))
     info = f"Ulysses over {num_gpus} workers"
     if chunks != 1:
         shared = with_chunked_feed_forward(shared, chunks)
@@ -41,7 +41,8 @@ def with_ring(model: Model, num_gpus: int) -> tuple[Model, str]:
     _require_twin(model)
     request = model.placement.request
     if request.on_cpu or num_gpus == 1:
-        return _shared(model, ParallelConfig(ring_degree=num_gpus)), f"ring attention over {num_gpus} workers"
+        shared = _shared(model, _with_shares_of(model, ParallelConfig(ring_degree=num_gpus)))
+        return shared, f"ring attention over {num_gpus} workers"
     visible = request.kind.count()
     if num_gpus > visible:
         raise ParallelConfigError(f"num_gpus={num_gpus}, but {visible} are visible to ComfyUI; lower it")
@@ -50,6 +51,12 @@ def with_ring(model: Model, num_gpus: int) -> tuple[Model, str]:
     placement = dataclasses.replace(model.placement, request=request, config=ParallelConfig(ring_degree=len(indices)))
     chosen = ", ".join(map(str, indices))
     return model.placed(placement), f"ring attention over GPU {chosen}; GPU 0 is left to the text encoder and the VAE"
+
+
+def _with_shares_of(model: Model, config: ParallelConfig) -> ParallelConfig:
+    """With the shares that were given by hand, if they are for as many GPUs."""
+    shares = model.placement.config.shares
+    return dataclasses.replace(config, shares=shares) if len(shares) == config.world_size else config
 
 
 def _shared(model: Model, config: ParallelConfig) -> Model:

@@ -78,11 +78,12 @@ class Patched:
     case: Case
     config: ParallelConfig
     video_tokens: int  # of the step's own inputs
+    kinds: tuple[int, ...]  # which conditioning each part of the batch has, which patches can look at
 
     @property
     def key(self) -> Hashable:
         """The same for the same: patches by what they are made of."""
-        return self.digests, self.case, self.config
+        return self.digests, self.case, self.config, self.kinds
 
     @property
     def own_inputs_are_small(self) -> bool:
@@ -114,14 +115,15 @@ class PatchProofs:
         """Returns how the patches are shared. Raises UnsupportedError, by their names, if nothing is equal."""
         started = time.monotonic()
         named = listed(patched.names)
-        at_first: Difference | str = ""
+        told: Difference | str = ""
         for way in _ways(patched):
             found = _tried(attempt, patched, way)
             if not isinstance(found, str) and found.is_rounding:
                 break
-            at_first = at_first or found
+            if not way.gathered:
+                told = found  # by the patch as it is, with as many rows at once as it asks for
         else:
-            raise UnsupportedError(_refusal(named, at_first, patched.config))
+            raise UnsupportedError(_refusal(named, told, patched.config))
         if not way.rows_apart:
             logger.warning(
                 "%s: looks at more than one row of the batch at a time, so all ranks share each row: exact, and slower than with "

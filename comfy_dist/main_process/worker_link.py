@@ -235,7 +235,8 @@ class WorkerLink:
         x: Any = inputs.arguments["x"]
         case, video_tokens = case_like(x, inputs.arguments), (x[0] if isinstance(x, (list, tuple)) else x)[0, 0].numel()
         digests = self._patches_digest, self._sent_options[2]
-        patched = Patched(names, state, digests, case, config, video_tokens)
+        kinds = tuple(inputs.changing_options.get("cond_or_uncond") or ()) if config.row_groups > 1 else ()
+        patched = Patched(names, state, digests, case, config, video_tokens, kinds)
         way = self._proofs.known(patched)
         if way is None:
 

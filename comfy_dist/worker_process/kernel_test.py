@@ -57,8 +57,10 @@ def differences_by_case(
     with torch.inference_mode():
         short = first_blocks(model, device)
         _sharpen(short)
-        for case in cases_for(short):
-            if case.name not in _CASES:
+        rows = max(group.row_groups, default=0)
+        names = (*_CASES, *(f"{name}, {rows} rows" for name in _CASES[:1]))
+        for case in cases_for(short, group):
+            if case.name not in names:
                 continue
             call = functools.partial(call_in_dtype, short, case, dtype, device)
             scope = functools.partial(shared, short, group, as_projected=as_projected)

@@ -1,7 +1,7 @@
 """ComfyUI's own LTX models on a rank's rows of a batch: the seam, for groups of ranks that share a batch's rows.
 
 ComfyUI puts positive and negative conditioning into one call where memory allows. Each group of ranks then calls the model on
-its own rows, and shares their tokens by `comfyui_host.sharded`.
+its own rows, and shares their tokens by `comfyui_host.sharded`. Clips with masks of their own are shared by all ranks.
 
 Letters in shapes: B rows of the batch.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from rayltx.sequence_parallel.group import SequenceParallelGroup
 
 # What ComfyUI's models are called with, and what of it is of the whole batch without being a tensor with B rows:
 LATENT, OPTIONS = "x", "transformer_options"  # the latent, or a list of the video's and the audio's
-TIMESTEP = "timestep"  # a tensor, or a tuple of the video's and the audio's
+OF_A_ROW = (LATENT, "context", "attention_mask")  # what may differ from row to row
 REFERENCE_AUDIO = "ref_audio"  # a dictionary, whose "tokens" have one row or B
 KINDS, NAMES = "cond_or_uncond", "uuids"  # in the options, one for as many rows as there are clips
 
@@ -68,7 +68,8 @@ def _forward_of_rows(
     latent = arguments[LATENT]
     batch = (latent[0] if isinstance(latent, (list, tuple)) else latent).shape[0]
     kinds = max(1, len(options.get(KINDS) or ()))
-    if _have_one_largest(arguments[TIMESTEP], batch):
+    shared_by_rows = [value for name, value in arguments.items() if name not in OF_A_ROW and isinstance(value, Tensor)]
+    if _are_equal_in_all_rows(shared_by_rows, batch):
         share = RowShare.of(group, batch, batch // kinds if batch % kinds == 0 else batch)
     else:
         share = RowShare.together(group, batch)
@@ -80,19 +81,14 @@ def _forward_of_rows(
     return [_gather(share, each) for each in out] if isinstance(out, (list, tuple)) else _gather(share, out)
 
 
-def _have_one_largest(timestep: Any, batch: int) -> bool:
-    """Whether the rows' largest timesteps are equal, as in a sampler.
+def _are_equal_in_all_rows(tensors: Sequence[Tensor], batch: int) -> bool:
+    """Whether each row has the same timesteps, masks and positions, as the rows of one clip have.
 
-    The gates between video and audio take the largest of all rows, which a group would not know of others' rows.
+    From these ComfyUI's model takes some things of the first row for all, and the largest of all rows for each: what a group
+    would not know of others' rows.
     """
-    if batch == 1:
-        return True
-    streams = timestep if isinstance(timestep, (list, tuple)) else [timestep]
-    by_row = [stream.reshape(batch, -1).amax(1) for stream in streams if stream.shape[:1] == (batch,)]
-    if not by_row:
-        return True
-    largest = torch.stack(by_row)
-    return bool((largest == largest[:, :1]).all())  # waits for the device, once a call
+    equal = [(value == value[:1]).all() for value in tensors if value.ndim and value.shape[0] == batch > 1]
+    return not equal or bool(torch.stack(equal).all())  # waits for the device, once a call
 
 
 def _cut(share: RowShare, name: str, value: Any) -> Any:

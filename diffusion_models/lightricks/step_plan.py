@@ -14,8 +14,7 @@ from rayltx.diffusion_models.lightricks.step_cost import ModelShape, StepCost
 from rayltx.sequence_parallel.exchange_memory import exchange_bytes
 from rayltx.sequence_parallel.partition import ParallelConfig
 
-# Of the exchange, that goes on behind attention: what `benchmarks/overlap.py` found on a modelled link, at up to a fifth of the
-# time of computing, to within its noise.
+# Of the exchange, that goes on behind attention: what `benchmarks/overlap.py` found on a modelled link, to within its noise.
 HIDDEN = 0.8
 ELEMENT_BYTES = 2  # of bfloat16
 # Tensors of (tokens, width) that live at once at the peak of a block, beside those of the exchange: the residual stream, its
@@ -59,15 +58,23 @@ class Plan:
     streamed_bytes: int  # of weights, that come from the host in every step
 
     @property
+    def bound_by(self) -> str:
+        """What keeps more cards from bringing more."""
+        if self.streamed_bytes:
+            return "weights do not fit, and come from the host's memory in every step"
+        return "the link carries too little"
+
+    @property
     def efficiency(self) -> float:
         return self.speedup / self.config.world_size
 
 
 def activation_bytes(config: ParallelConfig, num_tokens: int, width: int, rows: int = 1) -> int:
     """What a step holds on a card besides the weights, about."""
-    local = max(config.of_group(1).token_sizes(num_tokens).sizes) * rows
+    groups = config.groups_of(rows)
+    local = max(config.of_group(groups).token_sizes(num_tokens).sizes) * rows // groups
     inner = min(local * 4 * width * ELEMENT_BYTES, AUTOMATIC_INNER_BYTES)  # of the feed-forward, in automatic chunks
-    exchanged = exchange_bytes(config.of_group(1), num_tokens, rows, width, ELEMENT_BYTES)
+    exchanged = exchange_bytes(config, num_tokens, rows, width, ELEMENT_BYTES)
     return _LIVE_TENSORS * local * width * ELEMENT_BYTES + inner + exchanged
 
 

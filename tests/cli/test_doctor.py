@@ -58,7 +58,7 @@ def test_several_cards_pay_where_the_link_carries_enough():
         percent = int(found.value.partition("(")[2].partition("%")[0])
         assert waited_for < percent <= hidden and not found.problem, found
     slow = prediction(link(0.1), ParallelConfig(2), work, 100e12, CUDA)
-    assert "one cuda would be faster" in slow.problem and "use GPU 1" in slow.problem
+    assert "one cuda would be as fast" in slow.problem and "use GPU 1" in slow.problem
     assert "no faster than one" in prediction(link(11), ParallelConfig(2), work, 1e12, CPU).value
 
 

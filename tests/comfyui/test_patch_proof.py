@@ -221,6 +221,32 @@ def test_patches_of_rows(patched, caplog, version, patch, is_mixing, degrees):
     assert "patches_replace dit: exact on" in caplog.text
 
 
+class MixesUnderGuidance(MixesRows):
+    def __call__(self, args, extra):
+        if len(args["transformer_options"]["cond_or_uncond"]) == 1:
+            return {"img": extra["original_block"](args)["img"]}
+        return super().__call__(args, extra)
+
+
+def test_what_is_proved_for_two_clips_is_not_taken_for_guidance(models, caplog):
+    """As many rows, of one conditioning and of two."""
+    version = VERSIONS[0]
+    config, degrees = CONFIGS[version], ParallelConfig(1, 1, 2)
+    whole, twin = (model.clone() for model in models(version)[:2])
+    twin = twin.with_config(degrees)
+    for model in (whole, twin):
+        on_a_block(MixesUnderGuidance())(model)
+    work, clips = scenarios.Workspace(version, config), scenarios.Workspace(version, config, batch=2)
+    with torch.inference_mode(), caplog.at_level(logging.INFO, "rayltx"):
+        for cfg, each in ((1.0, clips), (3.0, work)):
+            out, reference = (
+                scenarios.tensors_of({"samples": scenarios.ksampler(model, each, cfg=cfg)["samples"]})
+                for model in (twin, whole)
+            )
+            assert all(relative_error(mine, theirs) <= TOLERANCE for mine, theirs in zip(out, reference)), cfg
+            assert ("more than one row of the batch" in caplog.text) is (cfg != 1.0)
+
+
 # ---- what packs do besides
 
 

@@ -38,8 +38,9 @@ def test_rows_are_really_apart(comfy, ranks, version):
     for rank, seen in enumerate(found):
         assert seen["4 rows"] == [(1, tokens)]
         assert seen["2 rows"] == [(1, [23, 22][rank % 2])], "two groups of two ranks, which share the tokens"
-        for whole, rows in (("1 rows", 1), ("3 rows", 3), ("unlike sigmas", 2)):
-            assert seen[whole] == [(rows, quarters[rank])], whole
+        for name in set(seen) - {"4 rows", "2 rows"}:
+            rows = int(name[0]) if name[0].isdigit() else 2
+            assert seen[name] == [(rows, quarters[rank])], name
 
 
 @pytest.mark.parametrize("degrees", [(3, 1), (2, 2)])

@@ -126,3 +126,17 @@ def test_what_is_gone_is_told():
     with pytest.raises(ClusterError, match="is gone, or is not for this process"):
         pickle.loads(payload)
     os.close(other)
+
+
+def test_a_rank_that_is_behind_goes_on_to_the_block_of_the_cancel():
+    """Ranks 2 and 3 share other rows than 0 and 1: one of them is in a block where it waits for the other."""
+    control = StepControl(4)
+    enter(control, 0, 1, 2)
+    control.cancel()
+    for rank in (0, 1):
+        with pytest.raises(StepCancelled, match="before block 2"):
+            control.at_block(rank)
+    enter(control, 3)
+    for rank in (2, 3):
+        with pytest.raises(StepCancelled, match="before block 2"):
+            control.at_block(rank)
