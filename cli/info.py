@@ -14,7 +14,7 @@ from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_plan import activation_bytes
 from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
-from rayltx.sequence_parallel.partition import ParallelConfig, Partition
+from rayltx.sequence_parallel.partition import ParallelConfig
 
 if TYPE_CHECKING:
     from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
@@ -60,8 +60,7 @@ def run_info(file: Path, width: int, height: int, frames: int) -> None:
 
 
 def _row(checkpoint: Checkpoint, model: DiffusersModel, shape: LatentShape, config: ParallelConfig) -> list[str]:
-    tokens = Partition.even(shape.num_tokens, config.world_size).sizes
-    heads = Partition.even(model.num_heads, config.ulysses_degree).sizes
+    tokens, heads = config.token_sizes(shape.num_tokens).sizes, config.head_sizes(model.num_heads).sizes
     activations = activation_bytes(config, shape.num_tokens, model.width)
     note = "" if heads[-1] else " (idle ranks)"
     return [
