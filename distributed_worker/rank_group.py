@@ -308,13 +308,8 @@ class RankGroup:
         if config.shares or len(set(descriptions)) == 1:
             return config
         if descriptions not in self._shares:
-
-            def measured() -> dict[int, float]:
-                self.ensure_whole()
-                return self.run_on(ranks, ask(Worker.speed), "measuring the devices")
-
             try:
-                speeds = self.repeated(measured, "measuring the devices")
+                speeds = self.run_whole(ask(Worker.speed), "measuring the devices")
             except OutOfMemory as error:
                 logger.warning("no memory to measure the devices, so each rank gets as much: %s", first_line(error))
                 return config

@@ -242,7 +242,7 @@ def test_a_rank_with_rows_of_its_own_is_missed_as_any_other(cluster, checkpoint_
 
 
 def test_like_devices_are_not_measured(cluster, monkeypatch):
-    monkeypatch.setattr(cluster.group, "run_on", lambda *args: pytest.fail("they are"))
+    monkeypatch.setattr(cluster.group, "run_whole", lambda *args: pytest.fail("they are"))
     assert cluster.group.with_shares(ParallelConfig(3)) == ParallelConfig(3)
 
 

@@ -83,6 +83,7 @@ def run(cluster, tmp_path_factory):
             assert remote.call_together(ask_together(ScalingHost.meet), TWO, "the test of the ranks") == 2
             answers.append(remote.forward(inputs, TWO)["video"])
             assert len(cluster.memory()) == 2
+            assert len(cluster.group.run_whole(ask(Worker.speed), "measuring the devices")) == 2
             digests = remote.digest()
         finally:
             remote.release()
