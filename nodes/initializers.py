@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayltx.nodes.inputs import CATEGORY, Definition, Schema
+from rayltx.nodes.inputs import BEGINNING, CATEGORY, Definition, Schema
 from rayltx.nodes.requirements_check import require_packages
 
 MAX_WORKERS = 64  # a fixed number: what this machine has is looked at when the node runs
@@ -159,6 +159,7 @@ class RayInitializer:
     """Starts the workers."""
 
     CATEGORY = CATEGORY
+    SEARCH_ALIASES = BEGINNING
     RETURN_TYPES = ("RAY_ACTORS_INIT",)
     RETURN_NAMES = ("ray_actors_init",)
     OUTPUT_TOOLTIPS = ("The workers, for a Ray loader.",)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 CATEGORY = "Raylight"
+# Words by which ComfyUI's search finds what one begins with.
+BEGINNING = ["multi gpu", "multiple gpus", "several gpus", "parallel", "distributed", "ltx", "ray"]
 CUSTOM_SAMPLING = "Raylight/extra/custom_sampling"
 Schema = dict[str, Any]
 Definition = tuple[Any, dict[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayltx.comfy_dist.dtype_choices import GGUF_DTYPES, WEIGHT_DTYPES
-from rayltx.nodes.inputs import CATEGORY, Definition, Schema
+from rayltx.nodes.inputs import BEGINNING, CATEGORY, Definition, Schema
 from rayltx.nodes.requirements_check import require_packages
 
 _UNET_FOLDERS = ("diffusion_models", "checkpoints")
@@ -61,6 +61,7 @@ class RayUNETLoader:
     """A checkpoint onto the workers."""
 
     CATEGORY = CATEGORY
+    SEARCH_ALIASES = BEGINNING
     RETURN_TYPES = ("RAY_ACTORS", "MODEL")
     RETURN_NAMES = _ACTOR_NAMES
     OUTPUT_TOOLTIPS = _ACTOR_TOOLTIPS
@@ -99,6 +100,7 @@ class RayCheckpointLoader:
     """A checkpoint that holds the VAE, and maybe the text encoder, next to the model."""
 
     CATEGORY = CATEGORY
+    SEARCH_ALIASES = BEGINNING
     # The first three as ComfyUI's Load Checkpoint has them, whose place it takes.
     RETURN_TYPES = ("MODEL", "CLIP", "VAE", "RAY_ACTORS")
     RETURN_NAMES = ("model", "clip", "vae", "ray_actors")
@@ -154,6 +156,7 @@ class RayGGUFLoader:
     """A GGUF file onto the workers."""
 
     CATEGORY = CATEGORY
+    SEARCH_ALIASES = BEGINNING
     RETURN_TYPES = ("RAY_ACTORS", "MODEL")
     RETURN_NAMES = _ACTOR_NAMES
     OUTPUT_TOOLTIPS = _ACTOR_TOOLTIPS

@@ -75,6 +75,12 @@ def test_every_node_has_a_name_and_says_what_it_does():
         )
 
 
+def test_what_one_begins_with_is_found_by_what_it_is_for():
+    for name in ("RayInitializer", "RayUNETLoader", "RayGGUFLoader", "RayCheckpointLoader"):
+        assert {"multi gpu", "parallel", "ltx", "ray"} <= set(NODE_CLASS_MAPPINGS[name].SEARCH_ALIASES)
+    assert not hasattr(NODE_CLASS_MAPPINGS["RayKill"], "SEARCH_ALIASES")
+
+
 # ---- attention names
 
 

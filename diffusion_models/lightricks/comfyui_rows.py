@@ -69,8 +69,8 @@ def _forward_of_rows(
     batch = (latent[0] if isinstance(latent, (list, tuple)) else latent).shape[0]
     kinds = max(1, len(options.get(KINDS) or ()))
     shared_by_rows = [value for name, value in arguments.items() if name not in OF_A_ROW and isinstance(value, Tensor)]
-    if _are_equal_in_all_rows(shared_by_rows, batch):
-        share = RowShare.of(group, batch, batch // kinds if batch % kinds == 0 else batch)
+    if batch % kinds == 0 and _are_equal_in_all_rows(shared_by_rows, batch):
+        share = RowShare.of(group, batch, batch // kinds)
     else:
         share = RowShare.together(group, batch)
     if not share.is_whole:
