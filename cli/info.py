@@ -61,7 +61,7 @@ def run_info(file: Path, width: int, height: int, frames: int) -> None:
 
 def _row(checkpoint: Checkpoint, model: DiffusersModel, shape: LatentShape, config: ParallelConfig) -> list[str]:
     tokens, heads = config.token_sizes(shape.num_tokens).sizes, config.head_sizes(model.num_heads).sizes
-    activations = activation_bytes(config, shape.num_tokens, model.width)
+    activations = activation_bytes(config, shape.num_tokens, model.width, model.num_heads)
     note = "" if heads[-1] else " (idle ranks)"
     return [
         str(config.world_size),

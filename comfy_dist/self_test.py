@@ -153,6 +153,10 @@ def _of_row_groups(group: SequenceParallelGroup) -> list[Case]:
         for groups in group.row_groups
         for case in (CASES if groups == most else CASES[:1])
     ]
+    apart += [
+        Case(f"text to video, {groups} x 2 rows", batch=2 * groups, text_mask=True, kinds=2)
+        for groups in group.row_groups
+    ]
     together = [
         Case("unlike masks of clips", batch=most, mask="mixed", kinds=1),
         Case("one clip inpainted", batch=most, mask="space in one", kinds=1),

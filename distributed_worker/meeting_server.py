@@ -221,6 +221,10 @@ class MeetingServer:
             return error
         return None
 
+    def _on_end(self, number: int, rank: int) -> None:
+        if (control := self._controls.get(number)) is not None:
+            control.at_end(rank)
+
     def _on_abort(self, number: int) -> None:
         if (control := self._controls.get(number)) is not None:
             control.abort()
@@ -326,6 +330,11 @@ class ServedControl:
         said = self._visit.ask("block", self._number, rank)
         if isinstance(said, Exception):
             raise said
+
+    def at_end(self, rank: int) -> None:
+        """See `StepControl.at_end`."""
+        if rank == 0:
+            self._visit.ask("end", self._number, rank)
 
     def abort(self) -> None:
         """See `StepControl.abort`."""

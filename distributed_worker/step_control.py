@@ -21,6 +21,7 @@ from rayltx.errors import RanksDisagree, StepCancelled
 # to which block all go on, or below zero, before which they stop.
 _WANTED, _SAID, _FIRST_RANK = 0, 1, 2
 _CANCEL, _ABORT = 1, 2
+_ALL = 2**62  # blocks, that a step never has
 _SPINS = 200  # looks before the processor is left to others
 _SLEEP_S = 0.0002
 
@@ -72,6 +73,11 @@ class StepControl:
         # Ranks that are behind rank 0 go on to the block that it named: others of theirs may be in this one already.
         if said < 0 and block >= -said:
             raise StepCancelled(f"cancelled before block {-said}")
+
+    def at_end(self, rank: int) -> None:
+        """This rank has entered its last block. Others, that have other rows, may have more, and wait for no word any more."""
+        if rank == 0 and self._numbers[_SAID] >= 0:
+            self._numbers[_SAID] = _ALL
 
     def _said_of(self, block: int) -> int:
         looks = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib
 import logging
@@ -262,7 +263,7 @@ class Worker:
                 pace.keep()
                 control.at_block(rank)
 
-            group = dataclasses.replace(group, at_block=at_block)
+            group = dataclasses.replace(group, at_block=at_block, at_end=functools.partial(control.at_end, rank))
         if watch is not None:
             watch.begin()
         try:

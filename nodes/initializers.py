@@ -68,7 +68,8 @@ _DP: Definition = (
     "INT",
     {
         "default": 1, "min": 0, "max": MAX_WORKERS,
-        "tooltip": "Groups of GPUs for the clips of a batch. All GPUs share a single clip. 0: as 1.",
+        "tooltip": "Groups of GPUs for the clips of a batch. All GPUs share a single clip, and clips with masks of their own. "
+        "0: as 1.",
     },
 )  # fmt: skip
 _SYNC: Definition = (

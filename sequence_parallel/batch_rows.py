@@ -62,6 +62,7 @@ class RowShare:
         """
         if self.is_whole:
             return answer if self.of_all.rank == 0 else None
+        self.of_all.at_end()
         rows = self.local.stop - self.local.start
         size = self.group.world_size
         sizes = Partition(tuple(0 if rank % size else rows for rank in range(self.of_all.world_size)))

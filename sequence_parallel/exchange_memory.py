@@ -8,25 +8,27 @@ _ULYSSES_COPIES = 6  # of query, key and value: as they are sent, and as they ar
 _RING_COPIES = 5  # of key and value: here and arriving; and one part's output
 _RING_SUMS = 2  # in float32: of the outputs so far, and of the one that is added
 _SUM_BYTES = 4
-_FINE = 10**4  # parts of all heads, whose number is not asked for
 
 
-def exchange_bytes(config: ParallelConfig, num_tokens: int, batch: int, width: int, element_bytes: int) -> int:
+def exchange_bytes(
+    config: ParallelConfig, num_tokens: int, batch: int, num_heads: int, head_width: int, element_bytes: int
+) -> int:
     """The most bytes that a rank's buffers take at once, in one self-attention.
 
-    num_tokens: of the whole sequence. width: of all heads together. element_bytes: of the dtype that is exchanged.
+    num_tokens: of the whole sequence. element_bytes: of the dtype that is exchanged.
     """
     groups = config.groups_of(batch)
     parts = [config.of_group(groups, index) for index in range(groups)]
-    return max(_of_one_group(part, num_tokens, batch // groups, width, element_bytes) for part in parts)
+    return max(_of_one_group(part, num_tokens, batch // groups, num_heads, head_width, element_bytes) for part in parts)
 
 
-def _of_one_group(config: ParallelConfig, num_tokens: int, batch: int, width: int, element_bytes: int) -> int:
+def _of_one_group(
+    config: ParallelConfig, num_tokens: int, batch: int, num_heads: int, head_width: int, element_bytes: int
+) -> int:
     tokens = TokenPartition.of(num_tokens, config)
-    # A rank sends its tokens with all heads, and receives its chunk's with some: by its share of both.
-    heads = config.head_sizes(_FINE).sizes
-    received = max(-(-chunk * head // _FINE) for chunk in tokens.chunks.sizes for head in heads)
-    elements = max(*tokens.tokens.sizes, received) * batch * width
+    # A rank sends its tokens with all heads, and receives its chunk's with some.
+    received = max(tokens.chunks.sizes) * max(config.head_sizes(num_heads).sizes)
+    elements = max(max(tokens.tokens.sizes) * num_heads, received) * head_width * batch
     ulysses = _ULYSSES_COPIES * element_bytes if config.ulysses_degree > 1 else 0
     ring = _RING_COPIES * element_bytes + _RING_SUMS * _SUM_BYTES if config.ring_degree > 1 else 0
     # The ring begins when what was sent is gone, and what has arrived is not.

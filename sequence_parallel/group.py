@@ -25,6 +25,7 @@ class SequenceParallelGroup:
     The process groups are None where they would have one member: no collective is called then.
     row_groups: this rank's part of these ranks, where so many groups of them share the rows of a batch (see `batch_rows`).
     at_block: what a host calls before each transformer block, on every rank alike. It may raise, on every rank alike.
+    at_end: what is called behind the blocks where ranks had other rows, and may have had other numbers of blocks.
     """
 
     config: ParallelConfig
@@ -35,6 +36,7 @@ class SequenceParallelGroup:
     head_groups: int = 0  # in how many groups a rank's heads travel; 0: by the shape
     row_groups: Mapping[int, SequenceParallelGroup] = field(default_factory=dict)
     at_block: Callable[[], None] = field(default=_go_on, compare=False)
+    at_end: Callable[[], None] = field(default=_go_on, compare=False)
 
     @property
     def world_size(self) -> int:

@@ -50,4 +50,6 @@ def bytes_of_sharing(
     # ComfyUI's estimate has them once; a share of it, a share of them.
     missing = whole * batch * element_bytes * (config.world_size - 1) // config.world_size
     # Rows with masks of their own are shared by all ranks, whose buffers are the larger ones.
-    return exchange_bytes(config.of_group(1), tokens, batch, model.inner_dim, element_bytes) + missing
+    heads = model.num_attention_heads
+    whole_group = config.of_group(1)
+    return exchange_bytes(whole_group, tokens, batch, heads, model.inner_dim // heads, element_bytes) + missing

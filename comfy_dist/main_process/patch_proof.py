@@ -78,12 +78,13 @@ class Patched:
     case: Case
     config: ParallelConfig
     video_tokens: int  # of the step's own inputs
-    kinds: tuple[int, ...]  # which conditioning each part of the batch has, which patches can look at
+    kinds: tuple[int, ...] = ()  # which conditioning each part of the batch has, which patches can look at
+    rows_go_apart: bool = False  # whether these inputs' rows go to different ranks, unless the patches forbid it
 
     @property
     def key(self) -> Hashable:
         """The same for the same: patches by what they are made of."""
-        return self.digests, self.case, self.config, self.kinds
+        return self.digests, self.case, self.config, self.kinds, self.rows_go_apart
 
     @property
     def own_inputs_are_small(self) -> bool:
@@ -124,7 +125,7 @@ class PatchProofs:
                 told = found  # by the patch as it is, with as many rows at once as it asks for
         else:
             raise UnsupportedError(_refusal(named, told, patched.config))
-        if not way.rows_apart:
+        if patched.rows_go_apart and not way.rows_apart:
             logger.warning(
                 "%s: looks at more than one row of the batch at a time, so all ranks share each row: exact, and slower than with "
                 "rows on different GPUs", named,
@@ -144,7 +145,7 @@ class PatchProofs:
 
 def _ways(patched: Patched) -> list[Way]:
     """How patches can be shared, the fastest first."""
-    rows = (True, False) if patched.config.row_groups > 1 and patched.case.batch > 1 else (True,)
+    rows = (True, False) if patched.rows_go_apart else (False,)
     modules = modules_to_show_all(patched.state)
     return [Way(shown, apart) for shown in ([(), modules] if modules else [()]) for apart in rows]
 

@@ -54,6 +54,7 @@ from rayltx.comfy_dist.wire import (
     Way,
 )
 from rayltx.diffusion_models.lightricks.comfyui_host import OVERRIDE
+from rayltx.diffusion_models.lightricks.comfyui_rows import rows_are_alike
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
@@ -235,8 +236,13 @@ class WorkerLink:
         x: Any = inputs.arguments["x"]
         case, video_tokens = case_like(x, inputs.arguments), (x[0] if isinstance(x, (list, tuple)) else x)[0, 0].numel()
         digests = self._patches_digest, self._sent_options[2]
-        kinds = tuple(inputs.changing_options.get("cond_or_uncond") or ()) if config.row_groups > 1 else ()
-        patched = Patched(names, state, digests, case, config, video_tokens, kinds)
+        patched = Patched(names, state, digests, case, config, video_tokens)
+        if config.row_groups > 1 and case.batch > 1:
+            kinds = tuple(inputs.changing_options.get("cond_or_uncond") or ())
+            # NVFP4's scales are agreed among all ranks, at each layer: a patch can call one for some rows alone.
+            has_nvfp4 = any("nvfp4" in kind for kind in self.spec.weight_kinds)
+            go_apart = not has_nvfp4 and rows_are_alike(inputs.arguments)
+            patched = dataclasses.replace(patched, kinds=kinds, rows_go_apart=go_apart)
         way = self._proofs.known(patched)
         if way is None:
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,14 +62,12 @@ def _forward_of_rows(
     **kwargs: Any,
 ) -> Any:
     """The model's `_forward`, on the rows of this rank's group. Returns the whole answer on rank 0."""
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    arguments = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+    arguments = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+    arguments.update(arguments.pop("kwargs", {}))
     options = arguments.get(OPTIONS) or {}
-    latent = arguments[LATENT]
-    batch = (latent[0] if isinstance(latent, (list, tuple)) else latent).shape[0]
+    batch = batch_of(arguments[LATENT])
     kinds = max(1, len(options.get(KINDS) or ()))
-    shared_by_rows = [value for name, value in arguments.items() if name not in OF_A_ROW and isinstance(value, Tensor)]
-    if batch % kinds == 0 and _are_equal_in_all_rows(shared_by_rows, batch):
+    if batch % kinds == 0 and rows_are_alike(arguments):
         share = RowShare.of(group, batch, batch // kinds)
     else:
         share = RowShare.together(group, batch)
@@ -81,12 +79,19 @@ def _forward_of_rows(
     return [_gather(share, each) for each in out] if isinstance(out, (list, tuple)) else _gather(share, out)
 
 
-def _are_equal_in_all_rows(tensors: Sequence[Tensor], batch: int) -> bool:
-    """Whether each row has the same timesteps, masks and positions, as the rows of one clip have.
+def batch_of(latent: Any) -> int:
+    """Rows of a latent, or of a list of the video's and the audio's."""
+    return int((latent[0] if isinstance(latent, (list, tuple)) else latent).shape[0])
+
+
+def rows_are_alike(arguments: Mapping[str, Any]) -> bool:
+    """Whether each row has the same timesteps, masks and positions, as the rows of one clip have. arguments: of `_forward`.
 
     From these ComfyUI's model takes some things of the first row for all, and the largest of all rows for each: what a group
     would not know of others' rows.
     """
+    batch = batch_of(arguments[LATENT])
+    tensors = [value for name, value in arguments.items() if name not in OF_A_ROW and isinstance(value, Tensor)]
     equal = [(value == value[:1]).all() for value in tensors if value.ndim and value.shape[0] == batch > 1]
     return not equal or bool(torch.stack(equal).all())  # waits for the device, once a call
 

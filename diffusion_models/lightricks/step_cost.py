@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rayltx.sequence_parallel.partition import ParallelConfig
+from rayltx.sequence_parallel.self_attention import head_groups
 
 TEXT_TOKENS = 1024  # as ComfyUI's text encoders pad
-# Query, key and value go, the output comes back, and video-to-audio attention is merged; by more than two ranks, in two.
-COLLECTIVES_PER_BLOCK = 5
 _HIDING = 0.3  # of the time of computing, behind which an exchange can go on: as far as it was measured (`benchmarks/overlap.py`)
 
 
@@ -22,9 +21,21 @@ class ModelShape:
     blocks: int
     width: int
     audio_width: int = 0
+    heads: int = 32  # as all of LTX's have
 
 
 LTX_2 = ModelShape(blocks=48, width=4096, audio_width=2048)
+
+
+def _collectives(shape: ModelShape, video_tokens: int, rows: int, config: ParallelConfig) -> int:
+    """Of a block: query, key and value go, the output comes back, in groups of heads; keys and values go round; and
+    video-to-audio attention is merged, by more than two ranks in two."""
+    ranks, ulysses, ring = config.world_size, config.ulysses_degree, config.ring_degree
+    heads = min(config.head_sizes(shape.heads).sizes)
+    in_groups = head_groups(video_tokens, rows, heads) if ring == 1 and heads else 1
+    traded = 4 * in_groups if ulysses > 1 else 0
+    merged = 0 if ranks == 1 or not shape.audio_width else 1 if ranks == 2 else 2
+    return traded + ring - 1 + merged
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,9 @@ class StepCost:
         text_attention = 4 * N * D**2 + 4 * N * L * D
         feed_forward = 16 * N * D**2
         between = 8 * N * D * Da + 8 * N * A * Da  # audio-to-video and video-to-audio, what is done for video tokens
-        text_keys = 4 * L * D * (D + Da)
+        text_keys = 4 * L * (D**2 + Da**2)
         audio = 28 * A * Da**2 + 4 * A**2 * Da + 4 * A * L * Da + 8 * A * Da**2
-        local = max(within.token_sizes(N).sizes)
+        local = max(max(config.of_group(groups, index).token_sizes(N).sizes) for index in range(groups))
         shared = (self_attention + text_attention + feed_forward + between) * local / N
         traded = 4 * local * D * (ulysses - 1) / ulysses  # query, key and value go, the output comes back
         passed_on = 2 * local * D * (ring - 1)  # key and value
@@ -61,7 +72,7 @@ class StepCost:
             flops=float(rows * shape.blocks * (shared + text_keys + audio)),
             replicated_flops=float(rows * shape.blocks * (text_keys + audio)),
             received_elements=rows * shape.blocks * (traded + passed_on + merged),
-            collectives=0 if ranks == 1 else shape.blocks * (COLLECTIVES_PER_BLOCK + (ranks > 2) + 2 * (ring - 1)),
+            collectives=shape.blocks * _collectives(shape, N, rows, within),
         )
 
     def seconds(

@@ -21,7 +21,7 @@ ELEMENT_BYTES = 2  # of bfloat16
 # normalised copy, query, key, value and output.
 _LIVE_TENSORS = 6
 _USABLE = 0.9  # of a card's memory
-_WORTH_A_CARD = 0.97  # of the time: what another card has to bring at least
+_WORTH_IT = 0.97  # of the time: what another card, or a ring, has to bring at least
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,20 @@ class Plan:
     received_bytes: float  # by a card
     activation_bytes: int  # on a card
     streamed_bytes: int  # of weights, that come from the host in every step
-
-    @property
-    def bound_by(self) -> str:
-        """What keeps more cards from bringing more."""
-        if self.streamed_bytes:
-            return "weights do not fit, and come from the host's memory in every step"
-        return "the link carries too little"
+    bound_by: str  # what keeps more cards from bringing more
 
     @property
     def efficiency(self) -> float:
         return self.speedup / self.config.world_size
 
 
-def activation_bytes(config: ParallelConfig, num_tokens: int, width: int, rows: int = 1) -> int:
+def activation_bytes(config: ParallelConfig, num_tokens: int, width: int, num_heads: int, rows: int = 1) -> int:
     """What a step holds on a card besides the weights, about."""
     groups = config.groups_of(rows)
-    local = max(config.of_group(groups).token_sizes(num_tokens).sizes) * rows // groups
+    parts = [config.of_group(groups, index).token_sizes(num_tokens) for index in range(groups)]
+    local = max(max(part.sizes) for part in parts) * rows // groups
     inner = min(local * 4 * width * ELEMENT_BYTES, AUTOMATIC_INNER_BYTES)  # of the feed-forward, in automatic chunks
-    exchanged = exchange_bytes(config, num_tokens, rows, width, ELEMENT_BYTES)
+    exchanged = exchange_bytes(config, num_tokens, rows, num_heads, width // num_heads, ELEMENT_BYTES)
     return _LIVE_TENSORS * local * width * ELEMENT_BYTES + inner + exchanged
 
 
@@ -93,13 +88,27 @@ def plan(work: Work, cards: Cards, config: ParallelConfig) -> Plan:
     """What one way to share a step comes to."""
     alone = _seconds(work, cards, ParallelConfig())[0]
     seconds, cost, held, streamed = _seconds(work, cards, config)
-    return Plan(config, seconds, alone / seconds, cost.received_elements * ELEMENT_BYTES, held, streamed)
+    received = cost.received_elements * ELEMENT_BYTES
+    bound_by = _bound_by(cards, cost, seconds, streamed)
+    return Plan(config, seconds, alone / seconds, received, held, streamed, bound_by)
+
+
+def _bound_by(cards: Cards, cost: StepCost, seconds: float, streamed: int) -> str:
+    if streamed and seconds <= streamed / cards.host_bytes_per_s:
+        return "weights do not fit, and come from the host's memory in every step"
+    exchanging = cost.seconds(cards.flops_per_s, cards.link_bytes_per_s / ELEMENT_BYTES, hidden=HIDDEN)
+    reasons = {
+        "the link carries too little": exchanging - cost.seconds(cards.flops_per_s),
+        "each exchange takes its time, however small": cost.collectives * cards.small_s,
+        "every card does the text and the audio": cost.replicated_flops / cards.flops_per_s,
+    }
+    return max(reasons, key=lambda reason: reasons[reason])
 
 
 def _seconds(work: Work, cards: Cards, config: ParallelConfig) -> tuple[float, StepCost, int, int]:
     """(seconds, the cost, bytes of activations, bytes of weights that are streamed)"""
     cost = StepCost.of(work.model, work.video_tokens, work.audio_tokens, config, work.rows)
-    held = activation_bytes(config, work.video_tokens, work.model.width, work.rows)
+    held = activation_bytes(config, work.video_tokens, work.model.width, work.model.heads, work.rows)
     streamed = max(0, min(work.weight_bytes, int(work.weight_bytes + held - _USABLE * cards.memory_bytes)))
     seconds = cost.seconds(cards.flops_per_s, cards.link_bytes_per_s / ELEMENT_BYTES, cards.small_s, HIDDEN)
     # Weights come a block ahead, next to computing.
@@ -107,10 +116,15 @@ def _seconds(work: Work, cards: Cards, config: ParallelConfig) -> tuple[float, S
 
 
 def best(plans: Sequence[Plan]) -> Plan:
-    """The fastest; with fewer cards where more bring next to nothing, and with the fewest bytes among equals."""
-    chosen = min(plans, key=lambda found: found.config.world_size)
-    for found in sorted(plans, key=lambda each: (each.config.world_size, each.seconds, each.received_bytes)):
-        needed = _WORTH_A_CARD if found.config.world_size > chosen.config.world_size else 1.0
+    """The fastest; with fewer cards where more bring next to nothing, and without a ring where one does, which merges by torch's
+    kernels alone."""
+
+    def effort(each: Plan) -> tuple[int, int]:
+        return each.config.world_size, each.config.ring_degree
+
+    chosen = min(plans, key=effort)
+    for found in sorted(plans, key=lambda each: (*effort(each), each.seconds)):
+        needed = _WORTH_IT if effort(found) > effort(chosen) else 1.0
         if found.seconds < needed * chosen.seconds:
             chosen = found
     return chosen

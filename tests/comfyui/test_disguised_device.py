@@ -16,7 +16,7 @@ pytestmark = pytest.mark.comfyui
 
 # What the seam itself waits for, once a forward: how many different timesteps there are, and which tokens a guide's grid has.
 WAITS = {"timestep_rows.py:compress": 1, "comfyui_host.py:_timestep_by_token": 1}
-WAITS_OF_ROWS = {**WAITS, "comfyui_rows.py:_are_equal_in_all_rows": 1}  # before they go to different ranks
+WAITS_OF_ROWS = {**WAITS, "comfyui_rows.py:rows_are_alike": 1}  # before they go to different ranks
 
 
 @pytest.mark.parametrize("degrees", [(2, 1), (2, 2), (2, 1, 2), *slow((1, 2), (3, 1))])

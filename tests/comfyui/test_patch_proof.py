@@ -221,11 +221,75 @@ def test_patches_of_rows(patched, caplog, version, patch, is_mixing, degrees):
     assert "patches_replace dit: exact on" in caplog.text
 
 
+class CallsBlocksTwiceFor:
+    """One kind of conditioning. Ranks with other rows call fewer, and none may wait for a word about those."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __call__(self, args, extra):
+        img = args["img"]
+        kept = tuple(stream.clone() for stream in img) if isinstance(img, tuple) else img.clone()
+        out = extra["original_block"](args)
+        if self.kind in args["transformer_options"]["cond_or_uncond"]:
+            out = extra["original_block"]({**args, "img": kept})
+        return out
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("version", ["LTX-Video", VERSIONS[0]])
+def test_ranks_may_have_unlike_numbers_of_blocks(patched, caplog, version, kind):
+    out, expected, _ = patched(version, (1, 1, 2), on_a_block(CallsBlocksTwiceFor(kind)))
+    assert all(relative_error(mine, reference) <= TOLERANCE for mine, reference in zip(out, expected))
+    assert "exact on 2 ranks" in caplog.text and "no answer" not in caplog.text
+
+
 class MixesUnderGuidance(MixesRows):
     def __call__(self, args, extra):
         if len(args["transformer_options"]["cond_or_uncond"]) == 1:
             return {"img": extra["original_block"](args)["img"]}
         return super().__call__(args, extra)
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 2), (1, 1, 2, 2)])
+def test_patches_find_their_rows_among_clips_under_guidance(models, caplog, degrees):
+    """Two clips of two conditionings, over two groups and over four."""
+    version = VERSIONS[0]
+    whole, twin = (model.clone() for model in models(version)[:2])
+    twin = twin.with_config(ParallelConfig(*degrees))
+    for model in (whole, twin):
+        on_a_block(ScalesTheNegative())(model)
+    clips = scenarios.Workspace(version, CONFIGS[version], batch=2)
+    with torch.inference_mode(), caplog.at_level(logging.INFO, "rayltx"):
+        out, reference = (
+            scenarios.tensors_of({"samples": scenarios.ksampler(m, clips)["samples"]}) for m in (twin, whole)
+        )
+    assert all(relative_error(mine, theirs) <= TOLERANCE for mine, theirs in zip(out, reference))
+    assert "exact on" in caplog.text and "more than one row" not in caplog.text
+
+
+def test_a_patch_is_proved_as_its_rows_are_shared(models):
+    """Clips whose masks differ are shared by all ranks: what is right for rows apart is not for these."""
+    version = VERSIONS[0]
+    twin = models(version)[1].clone().with_config(ParallelConfig(1, 1, 2))
+    on_a_block(NormalisesOverTokens())(twin)
+    clips = scenarios.Workspace(version, CONFIGS[version], batch=2)
+    with torch.inference_mode():
+        scenarios.ksampler(twin, clips, cfg=1.0)  # a rank has all tokens of its clip
+        latent = clips.latent()
+        video = torch.ones(2, 1, scenarios.FRAMES, scenarios.HEIGHT, scenarios.WIDTH)
+        video[0, :, 0] = 0.0
+        masked = {**latent, "noise_mask": _with_audio(video, latent)}
+        with pytest.raises(UnsupportedError, match="would differ by"):
+            scenarios.ksampler(twin, clips, masked, cfg=1.0)
+
+
+def _with_audio(video_mask, latent):
+    """A mask as ComfyUI's audio-video latents have it, of both streams."""
+    import comfy.nested_tensor
+
+    audio = latent["samples"].unbind()[1]
+    return comfy.nested_tensor.NestedTensor((video_mask, torch.ones_like(audio)))
 
 
 def test_what_is_proved_for_two_clips_is_not_taken_for_guidance(models, caplog):

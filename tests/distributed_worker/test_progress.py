@@ -140,3 +140,14 @@ def test_a_rank_that_is_behind_goes_on_to_the_block_of_the_cancel():
     for rank in (2, 3):
         with pytest.raises(StepCancelled, match="before block 2"):
             control.at_block(rank)
+
+
+def test_a_rank_with_more_blocks_than_rank_0_waits_for_no_word():
+    control = StepControl(2)
+    enter(control, 0, 1)
+    control.at_end(1)
+    control.at_end(0)
+    enter(control, 1)  # where it would wait for ever
+    control.cancel()
+    enter(control, 1)
+    assert control.blocks() == [1, 3]

@@ -316,7 +316,7 @@ def test_the_estimate_of_the_exchanges_memory_is_what_it_takes(ranks, degrees, d
     config = ParallelConfig(*degrees)
     arguments = (config, batch, tokens, heads, width, dtype)
     peak = max(ranks.run(config.world_size, peak_of_the_exchange, *arguments))
-    estimate = exchange_bytes(config, tokens, batch, heads * width, dtype.itemsize)
+    estimate = exchange_bytes(config, tokens, batch, heads, width, dtype.itemsize)
     # By itself the attention has its output, and once more as it is handed on.
     own = 2 * tokens // config.world_size * batch * heads * width * dtype.itemsize
     print(degrees, dtype, f"{peak / estimate:.2f}", f"{peak / (estimate + own):.2f}")
