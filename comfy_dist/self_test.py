@@ -134,10 +134,12 @@ def case_like(x: object, kwargs: Mapping[str, Any]) -> Case:
     )
 
 
-def cases_for(model: DiffusionModel, group: SequenceParallelGroup) -> list[Case]:
-    """What this model can be asked for, by the ranks of this group."""
+def cases_for(model: DiffusionModel, group: SequenceParallelGroup | None = None) -> list[Case]:
+    """What this model can be asked for, by the ranks of this group; None: by one."""
     possible = [
-        case for case in [*CASES, *_of_row_groups(group)] if has_audio(model) or not case.name.startswith(_AUDIO_CASES)
+        case
+        for case in [*CASES, *_of_row_groups(group or SequenceParallelGroup.single())]
+        if has_audio(model) or not case.name.startswith(_AUDIO_CASES)
     ]
     return [case for case in possible if not case.own_attention or _choosing_layers(model)]
 

@@ -175,7 +175,8 @@ def _comfyui_forward(folder: Path) -> Callable[..., Forward]:
         from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 
         # ComfyUI's choice on a CPU takes more memory where more is free.
-        attention.optimized_attention = attention.optimized_attention_masked = attention.attention_pytorch
+        for name in ("optimized_attention", "optimized_attention_masked"):
+            setattr(attention, name, attention.attention_pytorch)
         operations = comfy.ops.disable_weight_init
         model = model_class(version)(
             **comfyui_config(version, layers), dtype=_DTYPE, device="cpu", operations=operations
