@@ -82,9 +82,8 @@ def run_check(options: ClusterOptions, versions: list[str], comfyui: Path | None
         else:
             found = _diffusers_errors(request, Path(folder), versions, configs, on_config)
         for version, by_config in found:
-            for case in dict.fromkeys(
-                case for errors in by_config for case in errors
-            ):  # some are for several ranks alone
+            cases = dict.fromkeys(case for errors in by_config for case in errors)  # some are for several ranks alone
+            for case in cases:
                 row = [errors.get(case) for errors in by_config]
                 worst = max(worst, *(math.inf if isinstance(error, str) else error or 0.0 for error in row))
                 table.add_row(version, case, *map(_cell, row))

@@ -35,7 +35,6 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 DEMO_CHECKPOINT = ROOT / "demo" / "shapes.safetensors"
 DEMO_PIXELS = "rayltx-dct-8x32x32"  # in the demo checkpoint's config: how its latents become pixels
 DEFAULT_PROMPT = "red-circle-right"
-AUDIO_TOKENS_PER_S = 25.0
 _SEEDS = 2**64  # how many there are, in ComfyUI too
 
 OnStep = Callable[[int, dict[str, Tensor]], None]
@@ -88,7 +87,7 @@ def run_generate(options: GenerateOptions) -> None:
 def _noise(options: GenerateOptions, shape: LatentShape, channels: int, has_audio: bool) -> dict[str, Tensor]:
     shapes: dict[str, Sequence[int]] = {"video": (1, channels, shape.frames, shape.height, shape.width)}
     if has_audio:
-        shapes["audio"] = (1, 8, max(1, round(shape.pixel_frames / options.frame_rate * AUDIO_TOKENS_PER_S)), 16)
+        shapes["audio"] = (1, 8, shape.audio_tokens(options.frame_rate), 16)
     return initial_noise(shapes, options.seed)
 
 

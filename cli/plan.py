@@ -11,7 +11,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from rayltx.cli.bench.real_sizes import AUDIO_TOKENS_PER_FRAME
 from rayltx.devices import CPU, automatic, kind_of
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import LTX_2, ModelShape
@@ -59,7 +58,7 @@ def model_of(path: Path | None) -> tuple[ModelShape, int]:
 
 def audio_tokens(model: ModelShape, shape: LatentShape) -> int:
     """Of sound as long as the video."""
-    return round(shape.pixel_frames * AUDIO_TOKENS_PER_FRAME) if model.audio_width else 0
+    return shape.audio_tokens() if model.audio_width else 0
 
 
 def run_plan(options: PlanOptions) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rayltx.sequence_parallel.group import SequenceParallelGroup
-from rayltx.sequence_parallel.partition import Partition
+from rayltx.sequence_parallel.partition import Partition, number_of_groups
 from rayltx.sequence_parallel.ulysses import gather_tokens
 
 
@@ -30,15 +30,14 @@ class RowShare:
     def of(cls, group: SequenceParallelGroup, batch: int, unit: int = 1) -> RowShare:
         """Over as many groups as there can be, each of which has as many rows.
 
-        unit: rows that follow each other and have to be known for one another's: a group has some of one unit, or whole ones.
+        unit: see `number_of_groups`; it divides the batch.
         """
-        for groups in sorted(group.row_groups, reverse=True):
-            rows = batch // groups
-            if batch % groups == 0 and (rows % unit == 0 or unit % rows == 0):
-                within = group.row_group(groups)
-                index = group.rank // within.world_size
-                return cls(within, slice(index * rows, (index + 1) * rows), batch, group)
-        return cls.together(group, batch)
+        groups = number_of_groups((1, *group.row_groups), batch, unit)
+        if groups == 1:
+            return cls.together(group, batch)
+        within, rows = group.row_group(groups), batch // groups
+        index = group.rank // within.world_size
+        return cls(within, slice(index * rows, (index + 1) * rows), batch, group)
 
     @classmethod
     def together(cls, group: SequenceParallelGroup, batch: int) -> RowShare:

@@ -17,9 +17,9 @@ def exchange_bytes(
 
     num_tokens: of the whole sequence. element_bytes: of the dtype that is exchanged.
     """
-    groups = config.groups_of(batch)
-    parts = [config.of_group(groups, index) for index in range(groups)]
-    return max(_of_one_group(part, num_tokens, batch // groups, num_heads, head_width, element_bytes) for part in parts)
+    groups = config.for_rows(batch)
+    rows = batch // len(groups)
+    return max(_of_one_group(group, num_tokens, rows, num_heads, head_width, element_bytes) for group in groups)
 
 
 def _of_one_group(

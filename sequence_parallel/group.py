@@ -76,11 +76,11 @@ class SequenceParallelGroup:
         row_groups = {}
         for groups in config.row_divisions[1:]:
             size = world_size // groups
-            for index in range(groups):
+            for index, within in enumerate(config.divided(groups)):
                 ranks = list(range(index * size, (index + 1) * size))
-                meshes = _Meshes.create(config.of_group(groups, index), ranks)
+                meshes = _Meshes.create(within, ranks)
                 if rank in ranks:
-                    row_groups[groups] = cls(config.of_group(groups, index), rank - ranks[0], *meshes)
+                    row_groups[groups] = cls(within, rank - ranks[0], *meshes)
         of_all = config.of_group(1)
         return cls(of_all, rank, *_Meshes.create(of_all, list(range(world_size))), row_groups=row_groups)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -122,12 +122,16 @@ class ParallelConfig:
         """The most of a batch's tokens that a rank can get, however the batch is divided."""
         if not self.shares:
             return 1 / self.world_size
-        groups = [self.of_group(number, index).shares for number in self.row_divisions for index in range(number)]
+        groups = [group.shares for number in self.row_divisions for group in self.divided(number)]
         return max(max(shares) / sum(shares) * len(shares) for shares in groups) / self.world_size
 
-    def groups_of(self, rows: int) -> int:
-        """In how many groups a batch of so many rows goes."""
-        return max(groups for groups in self.row_divisions if rows % groups == 0)
+    def for_rows(self, rows: int) -> list[ParallelConfig]:
+        """The groups to which a batch of so many rows goes."""
+        return self.divided(number_of_groups(self.row_divisions, rows))
+
+    def divided(self, groups: int) -> list[ParallelConfig]:
+        """Each of `groups` groups. See `of_group`."""
+        return [self.of_group(groups, index) for index in range(groups)]
 
     def of_group(self, groups: int, index: int = 0) -> ParallelConfig:
         """How the ranks of one of `groups` groups share the tokens of its rows.
@@ -193,6 +197,15 @@ class ParallelConfig:
                 f"workers; try ulysses_degree={workers} and 1 for the others"
             )
         return cls(given["ulysses_degree"], given["ring_degree"], given["cfg_degree"], given["dp_degree"])
+
+
+def number_of_groups(divisions: Iterable[int], rows: int, unit: int = 1) -> int:
+    """The most of `divisions`, 1 among them, that gives each group of ranks as many rows of a batch.
+
+    unit: rows that follow each other and have to be known for one another's: a group has some of one unit, or whole ones.
+    """
+    fitting = [groups for groups in divisions if rows % groups == 0]
+    return max(groups for groups in fitting if (rows // groups) % unit == 0 or unit % (rows // groups) == 0)
 
 
 def _as_product(degrees: Mapping[str, int]) -> str:

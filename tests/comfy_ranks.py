@@ -117,7 +117,7 @@ def layer_traffic(path, layers, latent_shape, audio_tokens, heads=4):
     """
     from comfy_models import CONFIGS, model_class, set_up_comfyui
 
-    from traffic import counted
+    from rayltx.cli.bench.traffic import counted_traffic
 
     set_up_comfyui(path)
     import comfy.ldm.modules.attention as attention
@@ -146,7 +146,7 @@ def layer_traffic(path, layers, latent_shape, audio_tokens, heads=4):
         for name in ("optimized_attention", "optimized_attention_masked"):
             scope.enter_context(mock.patch.object(attention, name, hollow))
         scope.enter_context(sharded(model, group))
-        traffic = scope.enter_context(counted())
+        traffic = scope.enter_context(counted_traffic())
         model([video, audio], (sigma, sigma), context=context, attention_mask=None, frame_rate=25.0)
     return traffic.received_bytes, traffic.collectives
 

@@ -20,9 +20,10 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rayltx.cli.bench.fake_ranks import Counts, counted, rank_zero_of
-from rayltx.cli.bench.real_sizes import AUDIO_TOKENS_PER_FRAME, TEXT_TOKENS, comfyui_config, transformer_config
+from rayltx.cli.bench.real_sizes import comfyui_config, transformer_config
 from rayltx.cli.packages import require_packages
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
+from rayltx.diffusion_models.lightricks.step_cost import TEXT_TOKENS
 from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -130,10 +131,6 @@ def _latent(shape: LatentShape) -> torch.Tensor:
     return torch.empty(1, 128, shape.frames, shape.height, shape.width, dtype=_DTYPE)
 
 
-def _audio_tokens(shape: LatentShape) -> int:
-    return round(shape.pixel_frames * AUDIO_TOKENS_PER_FRAME)
-
-
 def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: int) -> Forward:
     from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, TensorInfo
     from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
@@ -156,7 +153,7 @@ def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: in
         "feed_forward_chunks": chunks,
     }
     if model.has_audio:
-        inputs["audio_latent"] = torch.empty(1, 8, _audio_tokens(shape), 16, dtype=_DTYPE)
+        inputs["audio_latent"] = torch.empty(1, 8, shape.audio_tokens(), 16, dtype=_DTYPE)
         inputs["audio_context"] = torch.empty(1, TEXT_TOKENS, widths[1], dtype=_DTYPE)
     return lambda group: host.forward(group, inputs)
 
@@ -185,7 +182,7 @@ def _comfyui_forward(folder: Path) -> Callable[..., Forward]:
         timestep: Any = torch.full((1,), _SIGMA)
         mask = None
         if has_audio(model):
-            x, timestep = [x, torch.empty(1, 8, _audio_tokens(shape), 16, dtype=_DTYPE)], (timestep, timestep)
+            x, timestep = [x, torch.empty(1, 8, shape.audio_tokens(), 16, dtype=_DTYPE)], (timestep, timestep)
         else:
             mask = torch.ones(1, TEXT_TOKENS, dtype=torch.int64)
         context = torch.empty(1, TEXT_TOKENS, text_width(model), dtype=_DTYPE)
@@ -208,7 +205,7 @@ def _print(options: CountOptions, shape: LatentShape, found: list[LayerCounts]) 
         highlight=False,
     )
     table = Table(box=SIMPLE_HEAD)
-    for column in (
+    columns = (
         "ranks",
         "GFLOP",
         "all ranks'",
@@ -218,7 +215,8 @@ def _print(options: CountOptions, shape: LatentShape, found: list[LayerCounts]) 
         "operations",
         "peak",
         "of one's",
-    ):
+    )
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     alone = found[0] if found[0].config.world_size == 1 else None
     for each in found:

@@ -6,15 +6,12 @@ from typing import Any
 
 from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS, TRANSFORMER_CONFIGS
 
-TEXT_TOKENS = 1024
 _HEADS, _CAPTION_WIDTH = 32, 3840
 _VIDEO_HEAD, _OLD_VIDEO_HEAD, _AUDIO_HEAD = 128, 64, 64  # widths; LTX-Video's is that of its 2B model
 _CONNECTOR_HEADS = {"LTX-2": 30}
-# Seconds of sound have 25 tokens, at 24 frames a second.
-AUDIO_TOKENS_PER_FRAME = 25 / 24
 
 
-def sizes(version: str) -> dict[str, Any]:
+def _sizes(version: str) -> dict[str, Any]:
     """What the real model has in place of the tiny one's."""
     head = _OLD_VIDEO_HEAD if version == "LTX-Video" else _VIDEO_HEAD
     found: dict[str, Any] = {
@@ -34,12 +31,12 @@ def sizes(version: str) -> dict[str, Any]:
 
 def transformer_config(version: str, layers: int) -> dict[str, Any]:
     """As an official file's `config` has it."""
-    return {**TRANSFORMER_CONFIGS[version], **sizes(version), "num_layers": layers}
+    return {**TRANSFORMER_CONFIGS[version], **_sizes(version), "num_layers": layers}
 
 
 def comfyui_config(version: str, layers: int) -> dict[str, Any]:
     """Of ComfyUI's class, whose connector has one layer."""
-    config = {**COMFYUI_CONFIGS[version], **sizes(version), "num_layers": layers}
+    config = {**COMFYUI_CONFIGS[version], **_sizes(version), "num_layers": layers}
     if version != "LTX-Video":
         config.update(
             connector_attention_head_dim=_VIDEO_HEAD,

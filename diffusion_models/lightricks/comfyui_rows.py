@@ -119,8 +119,7 @@ def _options_of_rows(share: RowShare, options: dict[str, Any]) -> dict[str, Any]
 
 
 def _gather(share: RowShare, answer: Tensor) -> Tensor:
-    if share.is_whole:
-        return answer
+    """The whole answer on rank 0; something of the same shape elsewhere."""
     whole = share.gather(answer)
     if whole is None:
         whole = answer.new_zeros(1).expand(share.batch, *answer.shape[1:])

@@ -99,8 +99,6 @@ class DiffusersHost:
         share = RowShare.of(group, checked.latent.shape[0])
         with torch.inference_mode():
             answer = self._forward(share.group, checked.cut(share))
-            if share.is_whole:
-                return answer
             whole = {name: share.gather(rows) for name, rows in (answer or self._no_answer(share, checked)).items()}
             return {name: rows for name, rows in whole.items() if rows is not None} or None
 

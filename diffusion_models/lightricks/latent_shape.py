@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rayltx.errors import InputError
 
+AUDIO_TOKENS_PER_S = 25.0
 VIDEO_SCALE = (8, 32, 32)  # pixel frames, rows and columns that one latent position stands for
 
 
@@ -47,6 +48,10 @@ class LatentShape:
     @property
     def pixel_frames(self) -> int:
         return (self.frames - 1) * VIDEO_SCALE[0] + 1
+
+    def audio_tokens(self, frame_rate: float = 24.0) -> int:
+        """Of sound as long as the video."""
+        return max(1, round(self.pixel_frames / frame_rate * AUDIO_TOKENS_PER_S))
 
 
 def video_positions(

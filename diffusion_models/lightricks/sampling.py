@@ -79,21 +79,23 @@ def sample(
     """
     x = {name: latent * sigmas[0] for name, latent in noise.items()}
     batch = noise["video"].shape[0]
-    both = _as_rows(positive, negative) if cfg != 1.0 and in_one_batch and negative is not None else None
+    conditionings = [positive]
+    if cfg != 1.0:
+        assert negative is not None, "classifier-free guidance needs negative conditioning"
+        conditionings.append(negative)
+    both = _as_rows(*conditionings) if in_one_batch and len(conditionings) == 2 else None
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
         latents = {"latent": x["video"], "timestep": sigma.expand(batch)}
         if "audio" in x:
             latents["audio_latent"] = x["audio"]
         if both is not None:
             answer = forward({**both, **{name: torch.cat([rows, rows]) for name, rows in latents.items()}})
-            velocity, without = ({name: rows.chunk(2)[side] for name, rows in answer.items()} for side in (0, 1))
+            sides = [{name: rows.chunk(2)[side] for name, rows in answer.items()} for side in (0, 1)]
         else:
-            velocity = forward({**positive, **latents})
+            sides = [forward({**side, **latents}) for side in conditionings]
+        velocity = sides[0]
         if cfg != 1.0:
-            assert negative is not None, "classifier-free guidance needs negative conditioning"
-            if both is None:
-                without = forward({**negative, **latents})
-            velocity = {name: without[name] + cfg * (velocity[name] - without[name]) for name in velocity}
+            velocity = {name: sides[1][name] + cfg * (sides[0][name] - sides[1][name]) for name in velocity}
         x = {name: x[name] + (next_sigma - sigma) * velocity[name].float() for name in x}
         if on_step is not None:
             on_step(step, x)

@@ -53,8 +53,8 @@ class StepCost:
     ) -> StepCost:
         """rows: of the batch, such as 2 with guidance; they go to as many groups as `batch_rows` says."""
         N, D, A, Da, L = video_tokens, shape.width, audio_tokens, shape.audio_width, TEXT_TOKENS
-        groups = config.groups_of(rows)
-        within, rows = config.of_group(groups), rows // groups
+        groups = config.for_rows(rows)
+        within, rows = groups[0], rows // len(groups)
         ranks, ulysses, ring = within.world_size, within.ulysses_degree, within.ring_degree
         self_attention = 8 * N * D**2 + 4 * N**2 * D
         text_attention = 4 * N * D**2 + 4 * N * L * D
@@ -62,7 +62,7 @@ class StepCost:
         between = 8 * N * D * Da + 8 * N * A * Da  # audio-to-video and video-to-audio, what is done for video tokens
         text_keys = 4 * L * (D**2 + Da**2)
         audio = 28 * A * Da**2 + 4 * A**2 * Da + 4 * A * L * Da + 8 * A * Da**2
-        local = max(max(config.of_group(groups, index).token_sizes(N).sizes) for index in range(groups))
+        local = max(max(group.token_sizes(N).sizes) for group in groups)
         shared = (self_attention + text_attention + feed_forward + between) * local / N
         traded = 4 * local * D * (ulysses - 1) / ulysses  # query, key and value go, the output comes back
         passed_on = 2 * local * D * (ring - 1)  # key and value

@@ -65,9 +65,8 @@ class Plan:
 
 def activation_bytes(config: ParallelConfig, num_tokens: int, width: int, num_heads: int, rows: int = 1) -> int:
     """What a step holds on a card besides the weights, about."""
-    groups = config.groups_of(rows)
-    parts = [config.of_group(groups, index).token_sizes(num_tokens) for index in range(groups)]
-    local = max(max(part.sizes) for part in parts) * rows // groups
+    groups = config.for_rows(rows)
+    local = max(max(group.token_sizes(num_tokens).sizes) for group in groups) * rows // len(groups)
     inner = min(local * 4 * width * ELEMENT_BYTES, AUTOMATIC_INNER_BYTES)  # of the feed-forward, in automatic chunks
     exchanged = exchange_bytes(config, num_tokens, rows, num_heads, width // num_heads, ELEMENT_BYTES)
     return _LIVE_TENSORS * local * width * ELEMENT_BYTES + inner + exchanged

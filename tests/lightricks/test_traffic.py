@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from rayltx.cli.bench.traffic import counted_traffic
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
@@ -16,8 +17,6 @@ from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
 from rayltx.sequence_parallel.self_attention import head_groups
-
-from traffic import counted
 
 # LTX-2: 32 heads of 128 for video, of 64 for audio; 1024 text tokens; 25 audio tokens a second.
 HEADS, VIDEO_WIDTH, AUDIO_WIDTH, TEXT_TOKENS = 32, 128, 64, 1024
@@ -47,7 +46,7 @@ def layer_traffic(world_size, groups):
         (AttentionRole.AUDIO_TO_VIDEO, video_narrow, audio),
         (AttentionRole.VIDEO_TO_AUDIO, audio, video_narrow),
     ]
-    with counted() as traffic:
+    with counted_traffic() as traffic:
         for role, query, key in calls:
             out = sequence.attend(role, query, key, key, lambda q, k, v, mask: torch.zeros_like(q))
             assert out.shape == query.shape
@@ -77,7 +76,7 @@ def model_traffic(path, layers):
     with checkpoint.open() as reader:
         host.assign({name: reader.read(name) for name in checkpoint.tensors})
     group = SequenceParallelGroup.create(ParallelConfig(2, 1))
-    with counted() as traffic:
+    with counted_traffic() as traffic:
         host.forward(group, CASES[1].inputs(host.model))
     return traffic.collectives
 

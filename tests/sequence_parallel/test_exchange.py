@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from rayltx.cli.bench.live_tensors import LiveTensors
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.sequence_parallel import sharded_keys
 from rayltx.sequence_parallel.batch_rows import RowShare
@@ -290,8 +291,6 @@ def test_more_ranks_than_keys(ranks):
 
 def peak_of_the_exchange(config, batch, tokens, heads, width, dtype):
     """The most bytes that this rank's exchange holds at once; the attention itself allocates nothing but its output."""
-    from peak_memory import PeakMemory
-
     group = SequenceParallelGroup.create(config)
     partition = TokenPartition.of(tokens, config)
     q, k, v = (x[:, partition.local(group.rank)].contiguous() for x in qkv(batch, tokens, heads, width, dtype))
@@ -303,7 +302,7 @@ def peak_of_the_exchange(config, batch, tokens, heads, width, dtype):
         return attend(query, key, value, mask), query.new_zeros(batch, query.shape[2], query.shape[1]).float()
 
     exchange = SelfAttentionExchange(group, partition, heads)
-    with PeakMemory() as memory:
+    with LiveTensors() as memory:
         sent = [exchange.send(x) for x in (v, q, k)]
         exchange.attend(sent[1], sent[2], sent[0], attend, attend_with_lse)
     return memory.peak_bytes
