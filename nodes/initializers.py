@@ -9,99 +9,73 @@ from rayltx.nodes.requirements_check import require_packages
 
 MAX_WORKERS = 64  # a fixed number: what this machine has is looked at when the node runs
 
-_ADDRESS: Definition = (
-    "STRING",
-    {
-        "default": "local",
-        "tooltip": '"local" runs the workers on this machine. Otherwise the address of a Ray cluster.',
-    },
+
+def _text(default: str, tooltip: str) -> Definition:
+    return "STRING", {"default": default, "tooltip": tooltip}
+
+
+def _count(default: int, tooltip: str) -> Definition:
+    return "INT", {"default": default, "min": 0, "max": MAX_WORKERS, "tooltip": tooltip}
+
+
+def _switch(tooltip: str) -> Definition:
+    return "BOOLEAN", {"default": False, "tooltip": tooltip}
+
+
+def _seconds(default: float, tooltip: str) -> Definition:
+    return "FLOAT", {"default": default, "min": 1.0, "max": 86400.0, "step": 1.0, "tooltip": tooltip}
+
+
+_ADDRESS = _text(
+    "local",
+    '"local" runs the workers on this machine. Otherwise the address of a Ray cluster.',
 )
-_NAMESPACE: Definition = ("STRING", {"default": "default", "tooltip": "Ray's namespace for the workers."})
-_GPU: Definition = (
-    "INT",
-    {
-        "default": 2, "min": 0, "max": MAX_WORKERS,
-        "tooltip": "How many GPUs work on one video, a worker on each. 0: all that ComfyUI sees.",
-    },
-)  # fmt: skip
-_GPU_INDICES: Definition = (
-    "STRING",
-    {
-        "default": "",
-        "tooltip": 'Which GPUs: numbers separated by commas, such as "1,2" to leave GPU 0 to the text encoder and the VAE. '
-        "They count within CUDA_VISIBLE_DEVICES. Empty: the first ones.",
-    },
+_NAMESPACE = _text(
+    "default",
+    "Ray's namespace for the workers.",
 )
-_GPU_SHARES: Definition = (
-    "STRING",
-    {
-        "default": "",
-        "tooltip": 'How much of a video each GPU works on: numbers separated by commas, such as "3, 2", or "even". Empty: by the '
-        "measured speed where the GPUs are unlike, else even.",
-    },
+_GPU = _count(
+    2,
+    "How many GPUs work on one video, a worker on each. 0: all that ComfyUI sees.",
 )
-_ULYSSES: Definition = (
-    "INT",
-    {
-        "default": 2, "min": 0, "max": MAX_WORKERS,
-        "tooltip": "Workers that trade tokens for attention heads. The product of all degrees is the number of GPUs. "
-        "0: what the others leave.",
-    },
-)  # fmt: skip
-_RING: Definition = (
-    "INT",
-    {
-        "default": 1, "min": 0, "max": MAX_WORKERS,
-        "tooltip": "Workers that pass keys and values around. Moves more bytes than Ulysses; leave it at 1, unless there are "
-        "more GPUs than attention heads. 0: what the others leave.",
-    },
-)  # fmt: skip
-_CFG: Definition = (
-    "INT",
-    {
-        "default": 1, "min": 0, "max": MAX_WORKERS,
-        "tooltip": "Groups of GPUs for positive and negative conditioning: 2 moves the fewest bytes where cfg is not 1. All GPUs "
-        "share what comes by itself. 0: 2 where the number of GPUs allows it.",
-    },
-)  # fmt: skip
-_DP: Definition = (
-    "INT",
-    {
-        "default": 1, "min": 0, "max": MAX_WORKERS,
-        "tooltip": "Groups of GPUs for the clips of a batch. All GPUs share a single clip, and clips with masks of their own. "
-        "0: as 1.",
-    },
-)  # fmt: skip
-_SYNC: Definition = (
-    "BOOLEAN",
-    {"default": False, "tooltip": "Kept for graphs made with Raylight. The exchange always waits for what it needs."},
+_GPU_INDICES = _text(
+    "",
+    'Which GPUs: numbers separated by commas, such as "1,2" to leave GPU 0 to the text encoder and the VAE. They '
+    "count within CUDA_VISIBLE_DEVICES. Empty: the first ones.",
 )
-_CLEAR: Definition = (
-    "BOOLEAN",
-    {
-        "default": False,
-        "tooltip": "Free the GPUs after each sampling. The weights stay in host memory, and return in seconds.",
-    },
+_GPU_SHARES = _text(
+    "",
+    'How much of a video each GPU works on: numbers separated by commas, such as "3, 2", or "even". Empty: by the '
+    "measured speed where the GPUs are unlike, else even.",
 )
-_FSDP: Definition = (
-    "BOOLEAN",
-    {
-        "default": False,
-        "tooltip": "Must be off: the weights lie in host memory once, and stream from there where needed.",
-    },
+_ULYSSES = _count(
+    2,
+    "Workers that trade tokens for attention heads. The product of all degrees is the number of GPUs. 0: what the "
+    "others leave.",
 )
-_OFFLOAD: Definition = ("BOOLEAN", {"default": False, "tooltip": "Must be off, as FSDP."})
-_SKIP_TEST: Definition = (
-    "BOOLEAN",
-    {"default": False, "tooltip": "Kept for graphs made with Raylight. The self-test runs once, and is remembered."},
+_RING = _count(
+    1,
+    "Workers that pass keys and values around. Moves more bytes than Ulysses; leave it at 1, unless there are more "
+    "GPUs than attention heads. 0: what the others leave.",
 )
-_MMAP: Definition = (
-    "BOOLEAN",
-    {
-        "default": False,
-        "tooltip": "Let the workers map the file itself, in place of a copy in shared memory. Happens by itself where "
-        "shared memory is too small.",
-    },
+_CFG = _count(
+    1,
+    "Groups of GPUs for positive and negative conditioning: 2 moves the fewest bytes where cfg is not 1. All GPUs "
+    "share what comes by itself. 0: 2 where the number of GPUs allows it.",
+)
+_DP = _count(
+    1,
+    "Groups of GPUs for the clips of a batch. All GPUs share a single clip, and clips with masks of their own. 0: as "
+    "1.",
+)
+_SYNC = _switch("Kept for graphs made with Raylight. The exchange always waits for what it needs.")
+_CLEAR = _switch("Free the GPUs after each sampling. The weights stay in host memory, and return in seconds.")
+_FSDP = _switch("Must be off: the weights lie in host memory once, and stream from there where needed.")
+_OFFLOAD = _switch("Must be off, as FSDP.")
+_SKIP_TEST = _switch("Kept for graphs made with Raylight. The self-test runs once, and is remembered.")
+_MMAP = _switch(
+    "Let the workers map the file itself, in place of a copy in shared memory. Happens by itself where shared memory "
+    "is too small."
 )
 _STORE: Definition = (
     "FLOAT",
@@ -110,32 +84,27 @@ _STORE: Definition = (
         "tooltip": "Shared memory for the weights, in GiB. 0: chosen by what the machine has.",
     },
 )  # fmt: skip
-_DASHBOARD: Definition = ("STRING", {"default": "None", "tooltip": "host:port for Ray's dashboard, or None."})
-_DIST: Definition = (
-    "STRING",
-    {
-        "default": "auto",
-        "tooltip": "host:port at which the workers meet. auto: a place of their own, so that nothing collides.",
-    },
+_DASHBOARD = _text(
+    "None",
+    "host:port for Ray's dashboard, or None.",
 )
-
-
-def _seconds(default: float, tooltip: str) -> Definition:
-    return "FLOAT", {"default": default, "min": 1.0, "max": 86400.0, "step": 1.0, "tooltip": tooltip}
-
-
+_DIST = _text(
+    "auto",
+    "host:port at which the workers meet. auto: a place of their own, so that nothing collides.",
+)
 _STEP_TIMEOUT = _seconds(
-    1800.0, "Seconds after the last block that any worker has entered, after which a step is given up in any case."
+    1800.0,
+    "Seconds after the last block that any worker has entered, after which a step is given up in any case.",
 )
 _CALL_TIMEOUT = _seconds(
     300.0,
-    "Seconds that workers have to start, to read a part of a file, and for all else that is not a step. Also for the first "
-    "blocks of a step of a new size. More for a slow disk.",
+    "Seconds that workers have to start, to read a part of a file, and for all else that is not a step. Also for the "
+    "first blocks of a step of a new size. More for a slow disk.",
 )
 _BLOCK_TIMEOUT = _seconds(
     20.0,
-    "Seconds within which a worker is never taken for stuck in a block. After them it is, if the block takes ten times what "
-    "blocks usually take.",
+    "Seconds within which a worker is never taken for stuck in a block. After them it is, if the block takes ten "
+    "times what blocks usually take.",
 )
 _DEVICE: Definition = (
     ["auto", "cuda", "cpu"],

@@ -75,26 +75,29 @@ def normalised_feed_forward(model):
     model.add_object_patch("diffusion_model.transformer_blocks.0.ff.forward", patch)
 
 
-class NormalisesOverTokens:
+class ChangesTheVideo:
+    """A block, and what `change` makes of its video. kinds: the options' `cond_or_uncond`."""
+
     def __call__(self, args, extra):
         out = extra["original_block"](args)["img"]
-        video = out[0] if isinstance(out, tuple) else out
-        video = video / video.std(dim=1, keepdim=True)
+        kinds = args["transformer_options"].get("cond_or_uncond")
+        video = self.change(out[0] if isinstance(out, tuple) else out, kinds)
         return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
 
 
-class ScalesByIndex(NormalisesOverTokens):
-    def __call__(self, args, extra):
-        out = extra["original_block"](args)["img"]
-        video = out[0] if isinstance(out, tuple) else out
-        video = video * torch.linspace(0.5, 1.5, video.shape[1], device=video.device, dtype=video.dtype)[:, None]
-        return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
+class NormalisesOverTokens(ChangesTheVideo):
+    def change(self, video, kinds):
+        return video / video.std(dim=1, keepdim=True)
 
 
-class Scales(NormalisesOverTokens):
-    def __call__(self, args, extra):
-        out = extra["original_block"](args)["img"]
-        return {"img": (out[0] * 1.1, *out[1:]) if isinstance(out, tuple) else out * 1.1}
+class ScalesByIndex(ChangesTheVideo):
+    def change(self, video, kinds):
+        return video * torch.linspace(0.5, 1.5, video.shape[1], device=video.device, dtype=video.dtype)[:, None]
+
+
+class Scales(ChangesTheVideo):
+    def change(self, video, kinds):
+        return video * 1.1
 
 
 def on_a_block(patch):
@@ -125,14 +128,25 @@ def sample(model, version):
 
 
 @pytest.fixture
-def patched(models, caplog):
-    """patched(version, degrees, apply) -> (the workers' answer, ComfyUI's own); the log is in caplog."""
+def pair(models):
+    """pair(version, degrees, apply) -> (ComfyUI's own MODEL, the workers' one), both patched."""
 
     def get(version, degrees, apply):
         whole, twin = (model.clone() for model in models(version)[:2])
         twin = twin.with_config(ParallelConfig(*degrees))
         apply(whole)
         apply(twin)
+        return whole, twin
+
+    return get
+
+
+@pytest.fixture
+def patched(models, pair, caplog):
+    """patched(version, degrees, apply) -> (the workers' answer, ComfyUI's own); the log is in caplog."""
+
+    def get(version, degrees, apply):
+        whole, twin = pair(version, degrees, apply)
         with caplog.at_level(logging.INFO, "rayltx"):
             return sample(twin, version), sample(whole, version), sample(models(version)[0], version)
 
@@ -190,23 +204,15 @@ def test_what_treats_tokens_by_themselves_is_shared_and_tried_once(patched, mode
 # ---- patches and the rows of a batch
 
 
-class MixesRows:
-    def __call__(self, args, extra):
-        out = extra["original_block"](args)["img"]
-        video = out[0] if isinstance(out, tuple) else out
-        video = video - 0.3 * video.mean(0, keepdim=True)
-        return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
+class MixesRows(ChangesTheVideo):
+    def change(self, video, kinds):
+        return video - 0.3 * video.mean(0, keepdim=True)
 
 
-class ScalesTheNegative:
-    def __call__(self, args, extra):
-        out = extra["original_block"](args)["img"]
-        video = out[0] if isinstance(out, tuple) else out
-        kinds = args["transformer_options"]["cond_or_uncond"]
-        video = torch.cat(
-            [part * (1.1 if kind else 1.0) for part, kind in zip(video.chunk(len(kinds)), kinds, strict=True)]
-        )
-        return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
+class ScalesTheNegative(ChangesTheVideo):
+    def change(self, video, kinds):
+        parts = zip(video.chunk(len(kinds)), kinds, strict=True)
+        return torch.cat([part * (1.1 if kind else 1.0) for part, kind in parts])
 
 
 @pytest.mark.parametrize("degrees", [(1, 1, 2), *slow((2, 1, 2))])
@@ -245,20 +251,15 @@ def test_ranks_may_have_unlike_numbers_of_blocks(patched, caplog, version, kind)
 
 
 class MixesUnderGuidance(MixesRows):
-    def __call__(self, args, extra):
-        if len(args["transformer_options"]["cond_or_uncond"]) == 1:
-            return {"img": extra["original_block"](args)["img"]}
-        return super().__call__(args, extra)
+    def change(self, video, kinds):
+        return video if len(kinds) == 1 else super().change(video, kinds)
 
 
 @pytest.mark.parametrize("degrees", [(1, 1, 2), (1, 1, 2, 2)])
-def test_patches_find_their_rows_among_clips_under_guidance(models, caplog, degrees):
+def test_patches_find_their_rows_among_clips_under_guidance(pair, caplog, degrees):
     """Two clips of two conditionings, over two groups and over four."""
     version = VERSIONS[0]
-    whole, twin = (model.clone() for model in models(version)[:2])
-    twin = twin.with_config(ParallelConfig(*degrees))
-    for model in (whole, twin):
-        on_a_block(ScalesTheNegative())(model)
+    whole, twin = pair(version, degrees, on_a_block(ScalesTheNegative()))
     clips = scenarios.Workspace(version, CONFIGS[version], batch=2)
     with torch.inference_mode(), caplog.at_level(logging.INFO, "rayltx"):
         out, reference = (
@@ -268,11 +269,10 @@ def test_patches_find_their_rows_among_clips_under_guidance(models, caplog, degr
     assert "exact on" in caplog.text and "more than one row" not in caplog.text
 
 
-def test_a_patch_is_proved_as_its_rows_are_shared(models):
+def test_a_patch_is_proved_as_its_rows_are_shared(pair):
     """Clips whose masks differ are shared by all ranks: what is right for rows apart is not for these."""
     version = VERSIONS[0]
-    twin = models(version)[1].clone().with_config(ParallelConfig(1, 1, 2))
-    on_a_block(NormalisesOverTokens())(twin)
+    _, twin = pair(version, (1, 1, 2), on_a_block(NormalisesOverTokens()))
     clips = scenarios.Workspace(version, CONFIGS[version], batch=2)
     with torch.inference_mode():
         scenarios.ksampler(twin, clips, cfg=1.0)  # a rank has all tokens of its clip
@@ -292,15 +292,11 @@ def _with_audio(video_mask, latent):
     return comfy.nested_tensor.NestedTensor((video_mask, torch.ones_like(audio)))
 
 
-def test_what_is_proved_for_two_clips_is_not_taken_for_guidance(models, caplog):
+def test_what_is_proved_for_two_clips_is_not_taken_for_guidance(pair, caplog):
     """As many rows, of one conditioning and of two."""
     version = VERSIONS[0]
-    config, degrees = CONFIGS[version], ParallelConfig(1, 1, 2)
-    whole, twin = (model.clone() for model in models(version)[:2])
-    twin = twin.with_config(degrees)
-    for model in (whole, twin):
-        on_a_block(MixesUnderGuidance())(model)
-    work, clips = scenarios.Workspace(version, config), scenarios.Workspace(version, config, batch=2)
+    whole, twin = pair(version, (1, 1, 2), on_a_block(MixesUnderGuidance()))
+    work, clips = (scenarios.Workspace(version, CONFIGS[version], batch=batch) for batch in (1, 2))
     with torch.inference_mode(), caplog.at_level(logging.INFO, "rayltx"):
         for cfg, each in ((1.0, clips), (3.0, work)):
             out, reference = (
@@ -314,22 +310,20 @@ def test_what_is_proved_for_two_clips_is_not_taken_for_guidance(models, caplog):
 # ---- what packs do besides
 
 
-class SmoothsFrames:
+def smooth(video):
     """Takes tokens for frames, rows and columns of the sampling's own size."""
+    frames = video.reshape(video.shape[0], scenarios.FRAMES, scenarios.HEIGHT, scenarios.WIDTH, -1)
+    return (0.5 * frames + 0.5 * frames.mean(1, keepdim=True)).flatten(1, 3)
 
-    def __call__(self, args, extra):
-        out = extra["original_block"](args)["img"]
-        video = out[0] if isinstance(out, tuple) else out
-        frames = video.reshape(video.shape[0], scenarios.FRAMES, scenarios.HEIGHT, scenarios.WIDTH, -1)
-        video = (0.5 * frames + 0.5 * frames.mean(1, keepdim=True)).flatten(1, 3)
-        return {"img": (video, *out[1:]) if isinstance(out, tuple) else video}
+
+class SmoothsFrames(ChangesTheVideo):
+    def change(self, video, kinds):
+        return smooth(video)
 
 
 def smoothed_over_frames(original):
     def forward(x, *args, **kwargs):
-        out = original(x, *args, **kwargs)
-        frames = out.reshape(out.shape[0], scenarios.FRAMES, scenarios.HEIGHT, scenarios.WIDTH, -1)
-        return (0.5 * frames + 0.5 * frames.mean(1, keepdim=True)).flatten(1, 3)
+        return smooth(original(x, *args, **kwargs))
 
     return forward
 
