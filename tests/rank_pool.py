@@ -42,8 +42,8 @@ class RankPool:
         for rank, pipe in enumerate(pipes):
             assert pipe.poll(timeout_s), f"rank {rank} of {world_size} did not answer within {timeout_s} s"
             answers.append(pipe.recv())
-        for rank, (ok, answer) in enumerate(answers):
-            assert ok, f"rank {rank} of {world_size} failed:\n{answer}"
+        failed = [f"rank {rank} of {world_size} failed:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
+        assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]
 
     def close(self) -> None:
@@ -69,6 +69,7 @@ def _serve(pipe) -> None:
             try:
                 with torch.inference_mode():
                     answer = True, function(*args)
+                dist.barrier()  # a rank that leaves closes connections that a slower one may still be making
             finally:
                 dist.destroy_process_group()
         except Exception:  # the process boundary
