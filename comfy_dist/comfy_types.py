@@ -12,6 +12,10 @@ Model: TypeAlias = Any  # MODEL: a comfy.model_patcher.ModelPatcher
 BaseModel: TypeAlias = Any  # comfy.model_base.BaseModel: the diffusion model with its sampling and its latent format
 DiffusionModel: TypeAlias = Any  # comfy.ldm.lightricks: LTXVModel or LTXAVModel
 ModelConfig: TypeAlias = Any  # comfy.supported_models_base.BASE: what detection makes of a file
+VAE: TypeAlias = Any  # comfy.sd.VAE
+VAEModel: TypeAlias = (
+    Any  # a VAE's `first_stage_model`: of LTX, comfy.ldm.lightricks.vae's VideoVAE, CausalDiffusionVAE, AudioVAE
+)
 Layer: TypeAlias = Any  # one of comfy.ops's layers
 HookGroup: TypeAlias = Any  # comfy.hooks.HookGroup
 Guider: TypeAlias = Any  # GUIDER

@@ -86,6 +86,12 @@ class Cluster:
             return None
         return self._gpus.index(visible[index])
 
+    def rank_on(self, device: torch.device) -> int | None:
+        """Which worker runs on a device of this process; None if none does."""
+        if self.request.on_cpu or device.type != self.request.device:
+            return None
+        return self.rank_on_gpu(device.index or 0)
+
     def is_alive(self) -> bool:
         return self.group.is_alive
 

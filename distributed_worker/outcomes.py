@@ -112,7 +112,7 @@ def wait_for_outcomes(
             break
         for answer in driver.wait(waiting, min(left, POLL_S if poll or progress else left)):
             rank = waiting.pop(answer)
-            outcomes[rank] = outcome = _outcome(answer, rank)
+            outcomes[rank] = outcome = outcome_of(answer, rank)
             if _has_failed(outcome) and failed is None:
                 failed = time.monotonic()
                 if control is not None:
@@ -132,7 +132,8 @@ class Stuck(Exception):
         self.ranks = ranks
 
 
-def _outcome(answer: Answer, rank: int) -> Outcome | Gone:
+def outcome_of(answer: Answer, rank: int) -> Outcome | Gone:
+    """What a call that is done gave. Its worker's log is written to this process's."""
     if answer.payload is None:
         return Gone(answer.failure or "")
     try:

@@ -108,6 +108,11 @@ class RankGroup:
         return not self._ended
 
     @property
+    def config(self) -> ParallelConfig | None:
+        """Of the process group, while it is whole."""
+        return self._config
+
+    @property
     def is_broken(self) -> bool:
         """Whether ranks are known to be gone or out of step. The next call that mends forms the group anew."""
         return self._broken
@@ -125,13 +130,30 @@ class RankGroup:
         """What ranks are sent for the numbers of a step."""
         return self._meetings.share(control)
 
-    def _start(self, rank: int, call: Call[Worker, _Result]) -> Answer:
+    def start(self, rank: int, call: Call[Worker, _Result]) -> Answer:
         """Have a worker run a call after what it is doing. Nobody waits for it."""
         return self._driver.call(self._actors[rank], call)
 
     def start_and_keep(self, rank: int, call: Call[Worker, _Result]) -> tuple[Answer, Kept]:
         """The same, with what the call gives left in Ray's store, to be handed to others. `collect` says whether it went well."""
         return self._driver.call_and_keep(self._actors[rank], call)
+
+    def wait(self, answers: Sequence[Answer], timeout_s: float) -> list[Answer]:
+        """Those that have come, as soon as one has."""
+        return self._driver.wait(answers, timeout_s)
+
+    def poll(self) -> None:
+        """See `polling`."""
+        if self._poll is not None:
+            self._poll()
+
+    def note_broken(self) -> None:
+        """A worker is gone, or does not answer: `ensure_whole` replaces it."""
+        self._broken = True
+
+    def abandon(self, answers: Mapping[int, Answer], what: str, timeout_s: float) -> None:
+        """Leave calls of single workers to themselves. What comes next waits for them."""
+        self._abandoned = _CallsUnderWay(answers, what, timeout_s, self._request.workers, is_collective=False)
 
     def collect(self, rank: int, answer: Answer, what: str) -> None:
         """Wait for what was started by itself. Raises as `run`."""
@@ -144,7 +166,7 @@ class RankGroup:
         """Have all workers run a call after what they are doing. Nothing is waited for, nor reported."""
         if self.is_alive:
             for rank in self.all_ranks:
-                self._start(rank, call)
+                self.start(rank, call)
 
     def run(
         self,
@@ -161,7 +183,7 @@ class RankGroup:
         Raises as `outcomes.results`; after RanksDisagree, WorkerDied and WorkerStuck the group has to be mended.
         """
         is_collective = any(call.kind is CallKind.COLLECTIVE for call in calls.values())
-        answers = {rank: self._start(rank, call) for rank, call in calls.items()}
+        answers = {rank: self.start(rank, call) for rank, call in calls.items()}
         num_ranks = len(calls) if is_collective else self._request.workers
         timeout_s = self._request.call_timeout_s if timeout_s is None else timeout_s
         return self._collect(_CallsUnderWay(answers, what, timeout_s, num_ranks, is_collective, control, is_watched))
@@ -284,7 +306,7 @@ class RankGroup:
         return self._infos
 
     def _prepare(self, rank: int) -> Answer:
-        return self._start(rank, ask(Worker.prepare, self._request.host, self._request.bootstrap))
+        return self.start(rank, ask(Worker.prepare, self._request.host, self._request.bootstrap))
 
     # ---- the process group
 
@@ -437,7 +459,7 @@ class RankGroup:
         """The ranks to replace. The others have left the group."""
         if not self._request.on_cpu or self._start_failed:
             return list(self.all_ranks)  # a communicator in an unknown state can hang its process at any time
-        pings = {rank: self._start(rank, ask(Worker.leave)) for rank in self.all_ranks}
+        pings = {rank: self.start(rank, ask(Worker.leave)) for rank in self.all_ranks}
         # One that is starting still answers when it has started, which is waited for with its own limit.
         starting = {rank for rank, answer in self._preparing.items() if not answer.is_done}
         return [

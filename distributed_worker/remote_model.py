@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rayltx.distributed_worker.host import Host
@@ -13,6 +13,7 @@ from rayltx.distributed_worker.messages import Message, Store, pack, unpack
 from rayltx.distributed_worker.rank_group import RankGroup
 from rayltx.distributed_worker.request import ModelSource
 from rayltx.distributed_worker.sending import Sending
+from rayltx.distributed_worker.spreading import Spread
 from rayltx.distributed_worker.step_control import StepControl
 from rayltx.distributed_worker.weight_sharing import Progress, SharedWeights
 from rayltx.distributed_worker.worker import Worker
@@ -135,24 +136,45 @@ class RemoteModel:
         A call that failed because a rank died, hung or failed alone is repeated, by a group that was mended, up to
         `repeats` times; again: after which of these failures. Raises as `outcomes.results`.
         """
+        answers = self._together(call, config, what, timeout_s, poll, repeats, again)
+        return unpack(answers[0])
+
+    def forward_on_each(
+        self, inputs: object, config: ParallelConfig, what: str = "the step", poll: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """`forward`, of a host each of whose ranks has a part of the answer. Returns the parts, by rank."""
+        answers = self._together(ask_together(Host.forward, inputs), config, what, poll=poll, from_all=True)
+        return [unpack(answers[rank]) for rank in range(config.world_size)]
+
+    def _together(
+        self,
+        call: Call[_HostClass, Any],
+        config: ParallelConfig,
+        what: str,
+        timeout_s: float | None = None,
+        poll: Callable[[], None] | None = None,
+        repeats: int = 2,
+        again: tuple[type[ClusterError], ...] = (ClusterError,),
+        from_all: bool = False,
+    ) -> dict[int, Message]:
         group = self._group
         # A rank may stay in one block for as long as a block's limit says.
         longest_s = max(group.request.step_timeout_s, group.request.block_timeout_s)
         limit_s = longest_s if timeout_s is None else timeout_s
 
-        def work() -> _Result:
+        def work() -> dict[int, Message]:
             group.form(config)
             self._check_not_lost()
             control = StepControl(config.world_size)
-            worker_call = self._on_worker(call, self._sending.of_steps, control=group.share(control))
+            worker_call = self._on_worker(call, self._sending.of_steps, control=group.share(control), from_all=from_all)
             calls = dict.fromkeys(range(config.world_size), worker_call)
             if call.method != Host.forward.__name__:
-                return unpack(group.run(calls, what, limit_s, control)[0])
+                return group.run(calls, what, limit_s, control)
             kind = config, _shapes_of(worker_call)
             control.usual_s = self._usual_s if kind == self._usual_kind else 0.0
             answers = group.run(calls, what, limit_s, control, is_watched=True)
             self._usual_kind, self._usual_s = kind, control.usual_s
-            return unpack(answers[0])
+            return answers
 
         with group.polling(poll):  # also of what has to be waited for before
             return group.repeated(work, what, repeats, again)
@@ -168,7 +190,21 @@ class RemoteModel:
 
         timeout_s: None stands for the request's limit of a call.
         """
-        return self._run(self._on_worker(call), what, self._group.all_ranks if ranks is None else ranks, timeout_s)
+        asked = self._group.all_ranks if ranks is None else ranks
+        answers: dict[int, Message] = self._run(self._on_worker(call), what, asked, timeout_s)
+        return {rank: unpack(answer) for rank, answer in answers.items()}
+
+    def spread(
+        self, calls: Iterable[Call[_HostClass, _Result]], what: str, poll: Callable[[], None] | None = None
+    ) -> Iterator[_Result]:
+        """Have workers run a host's calls, each whichever is free. Gives what they give, in the calls' order.
+
+        A call may take as long as a step. Raises as `Spread`.
+        """
+        self._check_not_lost()
+        on_workers = (self._on_worker(call, self._sending.of_steps) for call in calls)
+        with self._group.polling(poll):
+            yield from Spread(self._group, on_workers, what, self._group.request.step_timeout_s)
 
     def tell(self, call: Call[_HostClass, object]) -> None:
         """Have all workers run a host's call after what they are doing. Nothing is waited for, nor reported."""
@@ -219,11 +255,12 @@ class RemoteModel:
         store: Store | None = None,
         as_views: bool = False,
         control: RankControl | None = None,
+        from_all: bool = False,
     ) -> Call[Worker, Any]:
         """A host's call as the worker is asked it."""
         arguments = pack((call.args, call.kwargs), store, self.source.refer, as_views)
         if call.kind is CallKind.COLLECTIVE:
-            return ask(Worker.call_host_together, self.model_id, call.method, arguments, control)
+            return ask(Worker.call_host_together, self.model_id, call.method, arguments, control, from_all)
         return ask(Worker.call_host, self.model_id, call.method, arguments)
 
 

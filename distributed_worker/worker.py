@@ -241,16 +241,21 @@ class Worker:
     # ---- calls of a host
 
     @individual
-    def call_host(self, model_id: str, method: str, arguments: Message) -> object:
+    def call_host(self, model_id: str, method: str, arguments: Message) -> Message:
         """Call a method of a host. arguments: its positional ones and its named ones. Raises what it raises."""
-        call = self._bound(model_id, method, arguments)
-        return call()
+        self._result = pack(self._bound(model_id, method, arguments)(), self._store)
+        return self._result
 
     @collective
     def call_host_together(
-        self, model_id: str, method: str, arguments: Message, control: RankControl | None = None
+        self,
+        model_id: str,
+        method: str,
+        arguments: Message,
+        control: RankControl | None = None,
+        from_all: bool = False,
     ) -> Message | None:
-        """Call a method of a host that takes the group first. Returns rank 0's result. Raises what it raises.
+        """Call a method of a host that takes the group first. Returns rank 0's result, or each rank's. Raises what it raises.
 
         User errors are raised alike on every rank, before anything is exchanged, and leave the group whole; so does a cancel.
         """
@@ -281,7 +286,7 @@ class Worker:
         finally:
             if watch is not None:
                 watch.end()
-        self._result = pack(result, self._store) if group.rank == 0 else None
+        self._result = pack(result, self._store) if from_all or group.rank == 0 else None
         return self._result
 
     def _bound(self, model_id: str, method: str, arguments: Message) -> Callable[..., object]:

@@ -54,6 +54,81 @@ def save_tiny_bundle(path: Path, version: str) -> None:
     save_file(tensors, path, metadata={"config": json.dumps({**config, "vae": VAE_CONFIG})})
 
 
+# The decoder of LTX-2.5: neighbourhood attention in five stages, the last of which takes noise off.
+_DIFFUSION_CONFIG = {
+    "_class_name": "CausalDiffusionVAE", "dims": 3, "model_output_type": "x0",
+    "encoder": {
+        "in_channels": 3, "out_channels": 128, "blocks": [*[["compress_all", {}]] * 3, _RES], "patch_size": 4,
+        "latent_log_var": "constant", "norm_layer": "pixel_norm", "base_channels": 8,
+    },
+    "decoder": {
+        "head_dim": 8, "stage_channels": [64, 32, 16, 16, 8], "stage_depths": [1, 1, 1, 1, 1], "t_emb_dim": 8,
+        "stage_kernels": [[3, 7, 7], [3, 7, 7], [3, 5, 5], [3, 5, 5], [11, 11, 11]], "stage5_kernel": [11, 11, 11],
+        "upsamples": [[[1, 2, 2], 2], [[2, 1, 1], 2], [[2, 2, 2], 1], [[2, 2, 2], 2]],
+    },
+}  # fmt: skip
+_MEL = {
+    "double_z": True, "mel_bins": 64, "z_channels": 8, "resolution": 64, "in_channels": 2, "out_ch": 2, "ch": 8,
+    "ch_mult": [1, 2, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "mid_block_add_attention": False,
+    "norm_type": "pixel", "causality_axis": "height",
+}  # fmt: skip
+_SOUND_CONFIG = {
+    "audio_vae": {
+        "model": {"params": {"ddconfig": _MEL, "sampling_rate": 16000}},
+        "preprocessing": {"stft": {"filter_length": 1024, "hop_length": 160}},
+    },
+    "vocoder": {"upsample_initial_channel": 32, "stereo": True},
+}
+NOISY_CONFIG = {  # as of LTX-Video 0.9.1 to 0.9.8, which draw noise while they decode
+    **VAE_CONFIG, "timestep_conditioning": True, "spatial_padding_mode": "reflect",
+    "decoder_blocks": [["res_x", {"num_layers": 1, "inject_noise": True}], *VAE_CONFIG["decoder_blocks"][1:]],
+}  # fmt: skip
+VIDEO_VAES = {"convolutions": VAE_CONFIG, "convolutions with noise": NOISY_CONFIG, "diffusion": _DIFFUSION_CONFIG}
+
+
+def video_vae_model(kind: str) -> torch.nn.Module:
+    """The model of a VAE of VIDEO_VAES, with seeded weights."""
+    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+
+    if kind == "diffusion":
+        from comfy.ldm.lightricks.vae.na_diffusion_decoder import CausalDiffusionVAE
+
+        model = CausalDiffusionVAE(config=VIDEO_VAES[kind])
+    else:
+        model = VideoVAE(config=VIDEO_VAES[kind])
+    randomise(model, 0)
+    with torch.no_grad():
+        last = model.decoder.conv_out if kind == "diffusion" else model.decoder.conv_out.conv
+        last.weight.mul_(0.02)  # most pixels are within their bounds then, where differences show
+    generator = torch.Generator().manual_seed(1)
+    statistics = model.per_channel_statistics
+    statistics.register_buffer("std-of-means", 0.5 + torch.rand(128, generator=generator))
+    statistics.register_buffer("mean-of-means", torch.randn(128, generator=generator))
+    return model.eval()
+
+
+def save_tiny_vae(path: Path, kind: str) -> None:
+    """A VAE of VIDEO_VAES in a file of its own, or with "sound" that of an audio-video model."""
+    from safetensors.torch import save_file
+
+    if kind == "sound":
+        from comfy.ldm.lightricks.vae.audio_vae import AudioVAE
+
+        model: torch.nn.Module = AudioVAE(metadata={"config": json.dumps(_SOUND_CONFIG)})
+        randomise(model, 0)
+        statistics = model.autoencoder.per_channel_statistics
+        tensors = {
+            **{name.replace("autoencoder.", "audio_vae.", 1): tensor for name, tensor in model.state_dict().items()},
+            "audio_vae.per_channel_statistics.std-of-means": torch.ones(len(statistics.get_buffer("std-of-means"))),
+            "audio_vae.per_channel_statistics.mean-of-means": torch.zeros(len(statistics.get_buffer("mean-of-means"))),
+        }
+        config: dict = _SOUND_CONFIG
+    else:
+        tensors, config = video_vae_model(kind).state_dict(), {"vae": VIDEO_VAES[kind]}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"config": json.dumps(config)})
+
+
 def save_tiny_upscaler(path: Path) -> None:
     """A latent upscaler of LTX's kind, to twice the rows and columns."""
     import comfy.ops

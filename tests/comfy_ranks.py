@@ -494,3 +494,27 @@ def take_another_rotation(inner, device):
 
     rotate = module.apply_rotary_emb
     module.apply_rotary_emb = lambda x, positions: rotate(x, positions) * (1.01 if x.shape[-1] % 3 == 0 else 1.0)
+
+
+def slab_error(path, kind, blind):
+    """How far a small video's slabs are from the video decoded whole, of its largest. blind: without the neighbours' borders."""
+    from comfy_models import set_up_comfyui, video_vae_model
+
+    set_up_comfyui(path)
+    from rayltx.diffusion_models.lightricks import comfyui_decoder
+    from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs, decode_slab
+
+    group = SequenceParallelGroup.create(ParallelConfig(2, 1))
+    model = video_vae_model(kind)
+    latent = torch.randn(1, 128, 2, 3, 10, generator=torch.Generator().manual_seed(1))
+    slabs = Slabs.of(model, latent.shape, group)
+    torch.manual_seed(5)
+    whole = model.decode(latent)
+    torch.manual_seed(5)
+    shown = mock.patch.object(comfyui_decoder, "with_borders", lambda local, dim, width, group: (local, 0))
+    with shown if blind else contextlib.nullcontext():
+        part = decode_slab(model, latent, slabs, group)
+    size = part.shape[slabs.dim]
+    apart = (part - whole.narrow(slabs.dim, size * group.rank, size)).abs().max() / whole.abs().max()
+    torch.distributed.all_reduce(apart, torch.distributed.ReduceOp.MAX)
+    return float(apart)

@@ -42,7 +42,9 @@ class RankPool:
         for rank, pipe in enumerate(pipes):
             assert pipe.poll(timeout_s), f"rank {rank} of {world_size} did not answer within {timeout_s} s"
             answers.append(pipe.recv())
-        failed = [f"rank {rank} of {world_size} failed:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
+        failed = [
+            f"rank {rank} of {world_size} failed:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok
+        ]
         assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]
 

@@ -59,7 +59,7 @@ def detect(
     check_names()
     if weight_dtype not in WEIGHT_DTYPES:
         raise UnsupportedError(f"weight_dtype={weight_dtype!r} must be one of {', '.join(WEIGHT_DTYPES)}")
-    file_tensors = _header(checkpoint)
+    file_tensors = header_of(checkpoint)
     tensors, metadata = dict(file_tensors), dict(checkpoint.metadata)
     gguf = GGUFSpec.of(checkpoint, dequant_dtype, patch_dtype)
     if gguf is None:
@@ -93,7 +93,7 @@ def detect(
         fp8_optimizations=weight_dtype == FAST_FP8,
         gguf=gguf,
     )
-    with _without_dynamic_vram():
+    with without_dynamic_vram():
         base_model = build_base_model(config, spec, tensors, device=torch.device("meta"))
     tensors = config.process_unet_state_dict(tensors)
     _check_parameters(checkpoint, base_model.diffusion_model, tensors)
@@ -123,7 +123,7 @@ def check_names() -> None:
 
 
 @contextlib.contextmanager
-def _without_dynamic_vram() -> Iterator[None]:
+def without_dynamic_vram() -> Iterator[None]:
     """Let ComfyUI build a model as it does in a worker.
 
     Its main program turns dynamic VRAM on for NVIDIA cards. Linear layers then have no parameters before they are loaded, so
@@ -138,7 +138,7 @@ def _without_dynamic_vram() -> Iterator[None]:
         memory_management.aimdo_enabled = before
 
 
-def _header(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def header_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The checkpoint's tensors: small ones read, others shapes without memory. Blocks have the shape of their values."""
     tensors = {}
     formats = quantised_formats(checkpoint)

@@ -182,6 +182,4 @@ class DeviceMemory:
         return self._placed.get(rank, 0) if self.loaded and rank is not None else 0
 
     def _rank_on(self, device: torch.device) -> int | None:
-        if self._model.placement.request.on_cpu or device.type != self._model.placement.request.device:
-            return None
-        return self._model.cluster.rank_on_gpu(device.index or 0)
+        return self._model.cluster.rank_on(device)

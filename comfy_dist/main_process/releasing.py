@@ -1,4 +1,4 @@
-"""Releases the workers' models whose MODEL is gone.
+"""Releases what the workers hold for MODELs and VAEs that are gone.
 
 In a thread of its own: the finaliser of a MODEL may run inside of Ray's own locks.
 """
@@ -12,15 +12,20 @@ import logging
 import queue
 import threading
 import weakref
-
-from rayltx.comfy_dist.comfy_types import BaseModel
-from rayltx.comfy_dist.main_process.worker_link import WorkerLink
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
-# Of links whose MODEL is gone; an Event asks to be set when all before it are done. A SimpleQueue can be put to in a
+
+class Releasable(Protocol):
+    """What the workers hold for an object of this process."""
+
+    def release(self) -> None: ...
+
+
+# What stood for objects that are gone; an Event asks to be set when all before it are done. A SimpleQueue can be put to in a
 # finaliser, whatever is going on in the thread that it interrupts.
-_orphans: queue.SimpleQueue[WorkerLink | threading.Event | None] = queue.SimpleQueue()
+_orphans: queue.SimpleQueue[Releasable | threading.Event | None] = queue.SimpleQueue()
 _RELEASE_TIMEOUT_S = 30.0
 
 
@@ -64,7 +69,7 @@ def wait_for_releases() -> None:
         logger.warning("models that are no longer used were not released within %.0f s", _RELEASE_TIMEOUT_S)
 
 
-def release_with(base_model: BaseModel, link: WorkerLink) -> None:
-    """Let the workers forget the model when ComfyUI's `base_model` is collected."""
+def release_with(owner: object, held: Releasable) -> None:
+    """Let the workers forget what they hold when its owner here, such as ComfyUI's `base_model`, is collected."""
     _janitor()
-    weakref.finalize(base_model, _orphans.put, link).atexit = False
+    weakref.finalize(owner, _orphans.put, held).atexit = False

@@ -1,0 +1,263 @@
+"""The VAE that ComfyUI sees: a real one of its class, without weights, whose model is run by the workers.
+
+What a VAE does around its model is ComfyUI's own and runs in its process: cropping, tiles with their feathering, batches by
+what memory allows, tiles where it ran out. The model's calls go to the workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import time
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from rayltx.comfy_dist.comfy_types import VAE, VAEModel
+from rayltx.comfy_dist.main_process.absent_weights import mark_absent
+from rayltx.comfy_dist.main_process.detection import check_names, check_version, header_of, without_dynamic_vram
+from rayltx.comfy_dist.main_process.loaded_models import FileState
+from rayltx.comfy_dist.main_process.other_devices import OtherDevices
+from rayltx.comfy_dist.main_process.releasing import release_with, wait_for_releases
+from rayltx.comfy_dist.main_process.vae_link import VAELink, refuse_to_save
+from rayltx.comfy_dist.main_process.worker_link import raise_if_cancelled
+from rayltx.comfy_dist.marks import LINK
+from rayltx.comfy_dist.vae_building import build_vae
+from rayltx.comfy_dist.vae_host import VAE_HOST, VAEHost, VAESpec
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
+from rayltx.diffusion_models.lightricks.vae_checkpoint import open_vae
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
+from rayltx.distributed_worker.weight_sharing import Progress
+from rayltx.distributed_worker.worker_calls import ask
+from rayltx.errors import CheckpointError, UnsupportedError, listed
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _remote_class(model_class: Any) -> Any:
+    """The class of a VAE's model, run by the workers."""
+
+    class RemoteVAEModel(model_class):
+        def decode(self, x: Tensor, output_buffer: Tensor | None = None, **options: Any) -> Tensor:
+            return getattr(self, LINK).decode(self, x, output_buffer, options)
+
+        def encode(self, x: Tensor, device: object = None, **options: Any) -> Tensor:
+            return getattr(self, LINK).encode(self, x, options)
+
+    RemoteVAEModel.__name__ = RemoteVAEModel.__qualname__ = model_class.__name__
+    return RemoteVAEModel
+
+
+class RemoteVAE(comfy.sd.VAE):
+    """ComfyUI's VAE, whose tiles are shared by the workers."""
+
+    def decode(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._shared():
+            return super().decode(*args, **kwargs)
+
+    def decode_tiled(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._shared():
+            return super().decode_tiled(*args, **kwargs)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._shared():
+            return super().encode(*args, **kwargs)
+
+    def encode_tiled(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._shared():
+            return super().encode_tiled(*args, **kwargs)
+
+    def get_sd(self) -> dict[str, Tensor]:
+        refuse_to_save()
+
+    @contextlib.contextmanager
+    def _shared(self) -> Any:
+        link: VAELink = getattr(self.first_stage_model, LINK)
+        with torch.inference_mode():
+            link.ensure_loaded()
+            with link.tiles_shared():
+                yield
+
+
+class VAEMemory:
+    """What the workers hold of one VAE on devices that this process sees, too."""
+
+    def __init__(self, link: VAELink) -> None:
+        self._link = link
+        self.loaded = False
+        self._other_devices = OtherDevices(self)
+
+    def begin_use(self) -> None:
+        """The workers bring the weights to their devices when they are asked."""
+        self.loaded = True
+        request = self._link.cluster.request
+        devices = [] if request.on_cpu else [torch.device(request.device, n) for n in range(request.kind.count())]
+        own = comfy.model_management.get_torch_device()
+        self._other_devices.list_on(device for device in devices if device != own and self._rank_on(device) is not None)
+
+    def device_bytes(self, device: torch.device) -> int:
+        return 0 if self._rank_on(device) is None else self._link.remote.source.weight_bytes
+
+    def placed_bytes(self, device: torch.device) -> int:
+        return self.device_bytes(device) if self.loaded else 0
+
+    def unload_bytes(self, device: torch.device, num_bytes: int) -> int:
+        before = self.placed_bytes(device)
+        self.empty(device)
+        return before
+
+    def empty(self, device: torch.device) -> None:
+        """They return when the VAE is used again. All workers let go: they are used together."""
+        if self.loaded and self._link.cluster.has_workers():
+            self.loaded = False
+            self._link.remote.call(ask(VAEHost.unload), "unloading")
+
+    def free_bytes(self) -> int:
+        """Of the device that has least."""
+        return min(self._link.remote.call(ask(VAEHost.free_bytes), "measuring").values())
+
+    def _rank_on(self, device: torch.device) -> int | None:
+        return self._link.cluster.rank_on(device)
+
+
+class VAEStandIn(comfy.model_patcher.ModelPatcher):
+    """Loads as nothing, and stands in ComfyUI's list of loaded models for the workers' memory."""
+
+    def __init__(self, model: nn.Module, memory: VAEMemory, device: torch.device, offload_device: torch.device) -> None:
+        super().__init__(model, load_device=device, offload_device=offload_device)
+        self._memory = memory
+
+    def model_size(self) -> int:
+        return self._memory.device_bytes(self.load_device)
+
+    def loaded_size(self) -> int:
+        return self._memory.placed_bytes(self.load_device)
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device if self._memory.loaded else self.offload_device
+
+    def lowvram_patch_counter(self) -> int:
+        return 0
+
+    def model_mmap_residency(self, free: bool = False) -> tuple[int, int]:
+        return 0, 0
+
+    def partially_load(self, device_to: object, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+        self._memory.begin_use()
+        return self.loaded_size()
+
+    def partially_unload(self, device_to: object, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
+        return self._memory.unload_bytes(self.load_device, int(memory_to_free))
+
+    def get_free_memory(self, device: torch.device) -> float:
+        return self._memory.free_bytes()
+
+    def patch_model(self, *args: object, **kwargs: object) -> nn.Module:
+        return self.model
+
+    def unpatch_model(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def detach(self, unpatch_all: bool = True) -> nn.Module:
+        if unpatch_all:
+            self._memory.empty(self.load_device)
+        return self.model
+
+
+@dataclass
+class KeptVAE:
+    """The VAE that a node had at its last run. It is the node's own, so it goes when ComfyUI forgets the node."""
+
+    vae: VAE = None
+
+
+# By what was loaded: the file, and the tensors of it.
+_living: weakref.WeakValueDictionary[tuple[FileState, tuple[str, ...]], RemoteVAE] = weakref.WeakValueDictionary()
+
+
+def get_vae(
+    path: str, part: str, request: ClusterRequest, kept: KeptVAE | None = None, progress: Progress | None = None
+) -> VAE:
+    """A VAE of a file on the workers, which is loaded if it is not. kept: what the node has of its last run.
+
+    part: see `open_vae`. Raises as `load_vae`.
+    """
+    checkpoint = open_vae(path, part)
+    source = FileState.of(path), tuple(checkpoint.tensors)
+    vae = _living.get(source)
+    if vae is None:
+        if kept is not None:
+            kept.vae = None
+        wait_for_releases()
+        vae = load_vae(checkpoint, request, progress)
+        _living[source] = vae
+    else:
+        Cluster.start(request)
+        getattr(vae.first_stage_model, LINK).ensure_loaded()
+    if kept is not None:
+        kept.vae = vae
+    return vae
+
+
+def load_vae(checkpoint: Checkpoint, request: ClusterRequest, progress: Progress | None = None) -> VAE:
+    """Load a VAE on the workers, which are started if they do not run, and make the one that stands for it.
+
+    Raises CheckpointError and UnsupportedError before any worker is asked.
+    """
+    check_version()
+    check_names()
+    with torch.inference_mode(), without_dynamic_vram():
+        tensors = header_of(checkpoint)
+        vae = build_vae(tensors, checkpoint.metadata)
+    model: VAEModel = vae.first_stage_model
+    if model is None or not type(model).__module__.startswith("comfy.ldm.lightricks."):
+        found = "no VAE that it knows" if model is None else type(model).__name__
+        raise UnsupportedError(
+            f"{checkpoint.path}: ComfyUI takes it for {found}, not for a VAE of an LTX model; it needs a newer ComfyUI, or "
+            "ComfyUI's own Load VAE"
+        )
+    absent = [name for name, parameter in model.named_parameters() if name not in _loaded_names(tensors)]
+    if absent:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(absent)} parameters of the VAE are missing ({listed(absent, most=3)}); download it again"
+        )
+    dtypes = {
+        name: vae.vae_dtype
+        for name, info in checkpoint.tensors.items()
+        if info.dtype.is_floating_point and info.dtype != vae.vae_dtype
+    }
+    started = time.monotonic()
+    cluster = Cluster.start(request)
+    with cluster.group.polling(raise_if_cancelled):
+        spec = VAESpec(checkpoint.metadata, vae.vae_dtype)
+        remote = cluster.load(checkpoint, spec, VAE_HOST, dtypes, progress, keeps_host_copy=True)
+    logger.info(
+        "%s, VAE (%s): %.2f GiB on %d workers in %.1f s", os.path.basename(checkpoint.path), type(model).__name__,
+        remote.source.weight_bytes / 2**30, request.workers, time.monotonic() - started,
+    )  # fmt: skip
+    model.__class__ = _remote_class(type(model))
+    link = VAELink(cluster, remote, vae)
+    object.__setattr__(model, LINK, link)
+    mark_absent(model)
+    vae.__class__ = RemoteVAE
+    vae.patcher = VAEStandIn(model, VAEMemory(link), vae.device, comfy.model_management.vae_offload_device())
+    release_with(link, link.held)
+    return vae
+
+
+def _loaded_names(tensors: dict[str, Tensor]) -> set[str]:
+    """Under what names ComfyUI takes a file's tensors."""
+    return {
+        name.replace("audio_vae.", "autoencoder.", 1) if name.startswith("audio_vae.") else name for name in tensors
+    }

@@ -1,0 +1,324 @@
+"""The way from a VAE of this process to the workers': its calls, whole or by tiles."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import comfy.model_management
+import comfy.utils
+import torch
+from torch import Tensor
+
+from rayltx.comfy_dist.comfy_types import VAE, VAEModel
+from rayltx.comfy_dist.main_process.worker_link import raise_if_cancelled
+from rayltx.comfy_dist.random_states import random_state, set_random_state
+from rayltx.comfy_dist.vae_host import Slab, VAECall, VAEHost
+from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs
+from rayltx.diffusion_models.lightricks.comfyui_host import replaced
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.remote_model import RemoteModel
+from rayltx.distributed_worker.worker_calls import Call, ask, ask_together
+from rayltx.errors import ClusterError, OutOfMemory, UnsupportedError, first_line
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+_SETTING = (int, float, str)  # of what type an attribute of the model is that a node can set
+_TEST_LATENTS = (1, 2, 3, 4, 6)  # to a rank, of which the fewest are taken that a decoder can be cut into
+
+
+@dataclass
+class Held:
+    """What the workers hold of a VAE."""
+
+    remote: RemoteModel
+
+    def release(self) -> None:
+        """Let the workers forget it. Nothing is waited for."""
+        self.remote.release_unless_busy()
+
+
+@dataclass
+class _Asked(Exception):
+    """What the model was called with, in place of an answer."""
+
+    call: Call[VAEHost, Tensor]
+
+
+class VAELink:
+    """Of one VAE. Copies of it have the same."""
+
+    def __init__(self, cluster: Cluster, remote: RemoteModel, vae: VAE) -> None:
+        self.cluster, self.held = cluster, Held(remote)
+        self._device, self._dtype, self._channels = vae.device, vae.vae_dtype, vae.latent_channels
+        self._made_of = _modules_of(vae.first_stage_model)
+        self._is_noisy = _draws_noise(vae.first_stage_model)
+        self._asking = False  # whether the model's calls are asked for, not answered
+        self._tile: Tensor | None = None  # the next answer
+        self._proved: dict[ParallelConfig, bool] = {}
+        self._draws: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
+        self._told: set[str] = set()
+
+    def __deepcopy__(self, memo: object) -> VAELink:
+        return self
+
+    @property
+    def _config(self) -> ParallelConfig:
+        """How the workers form a group now: another would have to be formed for each change between sampling and decoding."""
+        return self.cluster.group.config or ParallelConfig.for_workers(self.cluster.request.workers)
+
+    @property
+    def remote(self) -> RemoteModel:
+        return self.held.remote
+
+    def ensure_loaded(self) -> None:
+        """Have it on the workers that run now: those that had it may have ended, or others may have taken their place.
+
+        The VAE follows the MODEL, so that a graph's two never end each other's workers. Starts workers if none run.
+        """
+        current = Cluster.current()
+        running = current is not None and current.is_alive()
+        cluster = current if current is not None and running else Cluster.start(self.cluster.request)
+        if cluster is self.cluster and not self.remote.is_lost:
+            return
+        logger.warning("the Ray workers do not have this VAE any more: loading it again")
+        self.held.release()
+        with cluster.group.polling(raise_if_cancelled):
+            self.cluster, self.held.remote = cluster, cluster.load_source(self.remote.source)
+        self._proved.clear()
+
+    # ---- calls of the model
+
+    def decode(self, model: VAEModel, x: Tensor, output_buffer: Tensor | None, options: Mapping[str, Any]) -> Tensor:
+        """`model.decode(x, **options)`. output_buffer: where it goes, if it is not None. Raises what the model raises."""
+        if self._tile is not None:
+            out, self._tile = self._tile, None
+        elif self._asking:
+            raise _Asked(ask(VAEHost.decode, self._call(model, x, options, draws=True)))
+        else:
+            out = self._whole(model, x, output_buffer, options)
+        if output_buffer is None or out is output_buffer:
+            return out
+        return output_buffer.copy_(out)
+
+    def encode(self, model: VAEModel, x: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """`model.encode(x, **options)`."""
+        if self._tile is not None:
+            out, self._tile = self._tile, None
+            return out
+        asked = ask(VAEHost.encode, self._call(model, x, options))
+        if self._asking:
+            raise _Asked(asked)
+        return self._on_one(asked, "encoding")
+
+    def _call(self, model: VAEModel, x: Tensor, options: Mapping[str, Any], draws: bool = False) -> VAECall:
+        if _modules_of(model) != self._made_of:
+            raise UnsupportedError(
+                "a node has changed the modules of this VAE, which are with the Ray workers: it would have no effect; use "
+                "ComfyUI's own Load VAE for this graph"
+            )
+        names = (name for name, value in vars(model).items() if isinstance(value, _SETTING) and name != "training")
+        settings = {name: getattr(model, name) for name in names if not name.startswith("_")}
+        call = VAECall(x, settings, options)
+        if not draws or not self._is_noisy:
+            return call
+        state = random_state(self._device)
+        for shape in self._drawn_by(call):  # so that what comes next is drawn as if this had been decoded here
+            torch.randn(shape, device=self._device, dtype=self._dtype)
+        return VAECall(x, settings, options, state)
+
+    def _drawn_by(self, call: VAECall) -> list[tuple[int, ...]]:
+        key = (tuple(call.x.shape), *sorted(call.settings.items()))
+        if key not in self._draws:
+            asked = ask(VAEHost.draws, VAECall(torch.empty_like(call.x, device="cpu"), call.settings, call.options))
+            self._draws[key] = self.remote.call(asked, "counting noise", [0])[0]
+        return self._draws[key]
+
+    def _on_one(self, call: Call[VAEHost, Tensor], what: str) -> Tensor:
+        return next(iter(self._spread([call], what)))
+
+    def _spread(self, calls: Iterable[Call[VAEHost, Tensor]], what: str) -> Generator[Tensor, None, None]:
+        with _as_comfyui_says_it(what):
+            yield from self.remote.spread(calls, what, raise_if_cancelled)
+
+    # ---- a whole video
+
+    def _whole(self, model: VAEModel, x: Tensor, output_buffer: Tensor | None, options: Mapping[str, Any]) -> Tensor:
+        config = self._config
+        slabs = Slabs.of(model, x.shape, SequenceParallelGroup(config.of_group(1), 0)) if x.ndim == 5 else "sound"
+        if not isinstance(slabs, str) and not self._proves(model, config):
+            slabs = "the workers' answer would be another than one's"
+        if isinstance(slabs, str):
+            if x.ndim == 5 and config.world_size > 1:
+                self._tell(f"the video is decoded by one worker: {slabs}")
+            return self._on_one(ask(VAEHost.decode, self._call(model, x, options, draws=True)), "decoding")
+        call = self._call(model, x, options)
+        if self._is_noisy:
+            call = VAECall(call.x, call.settings, call.options, random_state(self._device))
+        axis = "columns" if slabs.dim == -1 else "rows"
+        self._tell(f"the video is decoded by {config.world_size} workers together, each with some of its {axis}")
+        with _as_comfyui_says_it("decoding"):
+            parts = self.remote.forward_on_each(call, config, "decoding", raise_if_cancelled)
+        state = parts[0][1]
+        if state is not None:
+            set_random_state(self._device, state)
+        return _joined([slab for slab, _ in parts], output_buffer)
+
+    def _proves(self, model: VAEModel, config: ParallelConfig) -> bool:
+        """Whether the workers decode a small video together as one does alone."""
+        if config in self._proved:
+            return self._proved[config]
+        group = SequenceParallelGroup(config.of_group(1), 0)
+        shapes = [(1, self._channels, 2, 2, each * config.world_size) for each in _TEST_LATENTS]
+        shape = next(shape for shape in shapes if not isinstance(Slabs.of(model, shape, group), str))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self._dtype)
+        call = self._call(model, x, {})
+        if self._is_noisy:
+            call = VAECall(call.x, call.settings, call.options, random_state(self._device))
+        try:
+            error, tolerance = self.remote.call_together(
+                ask_together(VAEHost.slab_test, call), config, "trying to decode together", poll=raise_if_cancelled
+            )
+        except OutOfMemory:
+            raise
+        except ClusterError as failure:
+            logger.warning("decoding together was tried, and failed: %s", first_line(failure))
+            self._proved[config] = False
+            return False
+        self._proved[config] = error <= tolerance
+        if not self._proved[config]:
+            logger.warning(
+                "decoding together gave other pixels than decoding alone (%.1e of the largest, allowed %.1e): this ComfyUI's "
+                "decoder is not known; update RayLTX", error, tolerance,
+            )  # fmt: skip
+        return self._proved[config]
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.info("%s", message)
+
+    # ---- tiles
+
+    @contextlib.contextmanager
+    def tiles_shared(self) -> Iterator[None]:
+        """Within the `with`, the tiles that ComfyUI cuts go to the workers, each whichever is free."""
+        tiled = functools.partial(self._tiled, comfy.utils.tiled_scale_multidim)
+        with replaced(comfy.utils, "tiled_scale_multidim", tiled):
+            yield
+
+    def _tiled(self, scale: Callable[..., Tensor], samples: Tensor, function: Callable[[Tensor], Tensor], *args: Any,
+               **kwargs: Any) -> Tensor:  # fmt: skip
+        """ComfyUI's own function, which cuts tiles and feathers them, run twice: to see what it cuts, and with the answers."""
+        bound = inspect.signature(scale).bind(samples, function, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        places = _places_of(scale, arguments)
+        bar = arguments["pbar"] or comfy.utils.ProgressBar(len(places))
+
+        def calls() -> Iterator[Call[VAEHost, Tensor]]:
+            for place in places:
+                yield self._asked_for(function, samples[place])
+
+        asked: Iterable[Call[VAEHost, Tensor]] = calls()
+        if self._is_noisy and not arguments["downscale"]:
+            asked = list(
+                asked
+            )  # what they draw is asked of a worker, which has to be asked for nothing else at that time
+        answers = self._spread(asked, f"{len(places)} tiles")
+
+        def answer(tile: Tensor) -> Tensor:
+            self._tile = next(answers)
+            try:
+                return function(tile)
+            finally:
+                self._tile = None
+
+        with contextlib.closing(answers):
+            return scale(**{**arguments, "function": answer, "pbar": bar})
+
+    def _asked_for(self, function: Callable[[Tensor], Tensor], tile: Tensor) -> Call[VAEHost, Tensor]:
+        """What a function would ask the model for."""
+        self._asking = True
+        try:
+            function(tile)
+        except _Asked as asked:
+            return asked.call
+        finally:
+            self._asking = False
+        raise AssertionError("a tile that the model is not asked for")
+
+
+def _joined(slabs: Sequence[Slab], output_buffer: Tensor | None) -> Tensor:
+    """The video of its parts, each of which is freed when it has been copied."""
+    first, parts = slabs[0], list(slabs)
+    if output_buffer is None:
+        shape = list(first.pixels.shape)
+        shape[first.dim] = sum(slab.pixels.shape[first.dim] for slab in slabs)
+        output_buffer = first.pixels.new_empty(shape)
+    while parts:
+        slab = parts.pop()
+        output_buffer.narrow(slab.dim, slab.start, slab.pixels.shape[slab.dim]).copy_(slab.pixels)
+    return output_buffer
+
+
+def _places_of(scale: Callable[..., Tensor], arguments: Mapping[str, Any]) -> list[tuple[slice, ...]]:
+    """What ComfyUI cuts tiles from, in its order. It cuts tensors without memory for that, by which nothing is computed."""
+    samples: Tensor = arguments["samples"]
+    whole = torch.empty(samples.shape, device="meta")
+    upscale, out_channels, reverse = (arguments[name] for name in ("upscale_amount", "out_channels", "downscale"))
+    amounts = list(upscale) if isinstance(upscale, (list, tuple)) else [upscale] * len(arguments["tile"])
+    places = []
+
+    def scaled(dim: int, size: int) -> int:
+        amount = amounts[dim]
+        return round(amount(size) if callable(amount) else size / amount if reverse else amount * size)
+
+    def note(tile: Tensor) -> Tensor:
+        offset, place = tile.storage_offset(), []
+        for stride, size in zip(whole.stride(), tile.shape):
+            start, offset = divmod(int(offset), int(stride))
+            place.append(slice(start, start + size))
+        places.append(tuple(place))
+        sizes = [scaled(dim, size) for dim, size in enumerate(tile.shape[2:])]
+        return torch.empty((tile.shape[0], out_channels, *sizes), device="meta")
+
+    scale(**{**arguments, "samples": whole, "function": note, "output_device": "meta", "pbar": None})
+    return places
+
+
+@contextlib.contextmanager
+def _as_comfyui_says_it(what: str) -> Iterator[None]:
+    """Memory that runs out in a worker is to ComfyUI what its own is: it tries again by tiles."""
+    try:
+        yield
+    except OutOfMemory as error:
+        raise comfy.model_management.OOM_EXCEPTION(f"{what}: {error}") from error
+
+
+def _draws_noise(model: VAEModel) -> bool:
+    """Whether decoding draws from the device's own generator."""
+    if getattr(model, "timestep_conditioning", False):
+        return True
+    decoder = getattr(model, "decoder", None)
+    return decoder is not None and any(getattr(layer, "inject_noise", False) for layer in decoder.modules())
+
+
+def _modules_of(model: VAEModel) -> dict[str, tuple[type, bool]]:
+    """By which a change of the model's code is seen."""
+    return {name: (type(module), "forward" in vars(module)) for name, module in model.named_modules()}
+
+
+def refuse_to_save() -> NoReturn:
+    raise UnsupportedError(
+        "this VAE holds no weights, they are with the Ray workers: it cannot be saved; load the file with ComfyUI's own Load VAE "
+        "for that"
+    )

@@ -1,0 +1,236 @@
+"""The decoders of ComfyUI's LTX video VAEs on several ranks, each with a slab of the picture.
+
+A slab is some columns of the latent, or rows where it has more of these, through all frames. Everything that a decoder does
+looks at one place alone, but for two kinds of layers, which are shown their neighbours' borders:
+
+- convolutions (LTX-Video to 2.3), which see one place around them;
+- neighbourhood attention (the diffusion decoder of 2.5), which sees a window of fixed size around each query, shifted inward
+  at the edges of the picture, and whose positions are the picture's.
+
+Noise is drawn for the whole picture on every rank, and cut. The answer is that of one rank but for the order of sums; no tile
+is blended with another. Nothing of ComfyUI's code is written again: its functions are wrapped while a slab is decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rayltx.diffusion_models.lightricks.comfyui_host import replaced
+from rayltx.sequence_parallel.borders import with_borders
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+from rayltx.sequence_parallel.partition import Partition
+
+_CONVOLUTION, _ATTENTION = (
+    "CausalConv3d",
+    "NeighborhoodAttention3D",
+)  # ComfyUI's classes of layers that see more than one place
+_OVER_THE_PICTURE = (nn.GroupNorm, nn.BatchNorm3d, nn.InstanceNorm3d)
+_CHUNK_BYTES = (
+    2**20
+)  # to a multiple of which the size of a chunk is rounded down, so that all ranks make as many chunks
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """Who decodes what of a latent (B, C, T, H, W)."""
+
+    dim: int  # along which it is cut, counted from the end: -1 for columns, -2 for rows
+    parts: Partition  # in latents
+
+    @classmethod
+    def of(cls, model: Any, shape: Sequence[int], group: SequenceParallelGroup) -> Slabs | str:
+        """The slabs of a latent of this shape, or why there are none: it cannot be decoded so, exactly."""
+        if group.world_size == 1:
+            return "there is one rank"
+        if len(shape) != 5:
+            return f"a latent of {len(shape)} dimensions is no video"
+        decoder = model.decoder
+        strange = {type(layer).__name__ for layer in decoder.modules() if isinstance(layer, _OVER_THE_PICTURE)}
+        if strange:
+            return f"{', '.join(sorted(strange))} sums over the whole picture"
+        kinds = {type(layer).__name__ for layer in decoder.modules()}
+        if not kinds & {_CONVOLUTION, _ATTENTION}:
+            return f"{type(decoder).__name__} has no layers that are known"
+        plain = [name for name, layer in decoder.named_modules() if _is_plain_convolution(name, layer, decoder)]
+        if plain:
+            return f"{plain[0]} is a convolution of another kind"
+        if any(layer.conv.stride[1:] != (1, 1) for layer in decoder.modules() if type(layer).__name__ == _CONVOLUTION):
+            return "a convolution of the decoder leaves out places"
+        dim = -1 if shape[-1] >= shape[-2] else -2
+        parts = group.config.token_sizes(shape[dim])
+        at_edge, within = _least(decoder, dim)
+        needed = [at_edge if part in (0, group.world_size - 1) else within for part in range(group.world_size)]
+        if any(size < least for size, least in zip(parts.sizes, needed)):
+            return (
+                f"{shape[dim]} latents give {group.world_size} ranks fewer than the {max(needed)} that a window needs"
+            )
+        return cls(dim, parts)
+
+
+def _is_plain_convolution(name: str, layer: nn.Module, decoder: nn.Module) -> bool:
+    """Whether it sees more than one place, and is not a part of a layer that is known."""
+    if not isinstance(layer, nn.modules.conv._ConvNd) or set(layer.kernel_size) == {1}:  # noqa: SLF001  # torch's common class
+        return False
+    return type(decoder.get_submodule(name.rpartition(".")[0])).__name__ != _CONVOLUTION
+
+
+def _least(decoder: Any, dim: int) -> tuple[int, int]:
+    """How many latents a slab at the picture's edge has to have, and one within.
+
+    A window at the edge is shifted inward, by half of it at most, and has to find all of itself in what its rank is shown. In
+    later stages a slab has more places, and windows are not as much larger.
+    """
+    at_edge, within = 1, 1
+    for stage, scale in _stages_of(decoder, dim):
+        for layer in stage.modules():
+            if type(layer).__name__ == _ATTENTION:
+                window = layer.kernel_size[dim]
+                at_edge = max(at_edge, -(-(window - window // 2) // scale))
+                within = max(within, -(-(window // 2) // scale))
+    return at_edge, within
+
+
+def _stages_of(decoder: Any, dim: int) -> Iterator[tuple[Any, int]]:
+    """The parts of a decoder with attention, and how many places a latent has there."""
+    scale = 1
+    for stage, upsample in zip(getattr(decoder, "det_stages", ()), getattr(decoder, "upsamples", ())):
+        yield stage, scale
+        scale *= upsample.stride[dim]
+    if hasattr(decoder, "diff_blocks"):
+        yield decoder.diff_blocks, scale
+
+
+def decode_slab(
+    model: Any, latent: Tensor, slabs: Slabs, group: SequenceParallelGroup, options: Mapping[str, Any] = {}
+) -> Tensor:
+    """This rank's part of the decoded video.
+
+    model: ComfyUI's VAE model, on the latent's device. latent: (B, C, T, H, W), whole. options: for the model's `decode`.
+    Returns (B, channels, frames, height, width) of what `slabs` gives this rank. The device's random state, which has to be alike
+    on all ranks, is afterwards what it is after the model decodes alone. Raises what the model raises. Collective.
+    """
+    cut = _Cut(slabs, group)
+    local = latent.narrow(slabs.dim, slabs.parts.starts[group.rank], slabs.parts.sizes[group.rank])
+    with cut.layers_of(model), _WholeNoise(cut):
+        return model.decode(local, **options)
+
+
+class _Cut:
+    """What the wrapped functions know of the slab that is decoded."""
+
+    def __init__(self, slabs: Slabs, group: SequenceParallelGroup) -> None:
+        self.dim, self._parts, self._group = slabs.dim, slabs.parts, group
+        self._held = slabs.parts.sizes[group.rank]
+
+    def whole(self, places: int) -> int:
+        """How many places the whole picture has where this rank has so many."""
+        return places * self._parts.total // self._held
+
+    def start(self, places: int) -> int:
+        """Where this rank's begin."""
+        return places * self._parts.starts[self._group.rank] // self._held
+
+    @contextlib.contextmanager
+    def layers_of(self, model: Any) -> Iterator[None]:
+        """Have the layers that see more than one place see their neighbours', within the `with`."""
+        module = module_of(model.decoder)
+        with contextlib.ExitStack() as scope:
+            for layer in model.decoder.modules():
+                if type(layer).__name__ == _CONVOLUTION:
+                    forward = functools.partial(self._convolve, layer.forward, layer.conv.kernel_size[self.dim] // 2)
+                    scope.enter_context(replaced(layer, "forward", forward))
+            if hasattr(module, "get_max_chunk_size"):
+                largest = functools.partial(self._largest_chunk, module.get_max_chunk_size)
+                scope.enter_context(replaced(module, "get_max_chunk_size", largest))
+            if hasattr(module, "_rope_tables"):
+                positions = functools.partial(self._positions, getattr(module, "_rope_tables"))  # noqa: B009  # ComfyUI's own name
+                scope.enter_context(replaced(module, "_rope_tables", positions))
+                kernels = module.comfy_kitchen
+                attend = functools.partial(self._attend, kernels.na3d)
+                scope.enter_context(
+                    replaced(module, "comfy_kitchen", SimpleNamespace(**{**vars(kernels), "na3d": attend}))
+                )
+            yield
+
+    def _convolve(self, forward: Callable[..., Tensor], width: int, x: Tensor, causal: bool = True) -> Tensor:
+        self._group.at_block()
+        joined, before = with_borders(x, self.dim, width, self._group)
+        return forward(joined, causal=causal).narrow(self.dim, before, x.shape[self.dim])
+
+    def _attend(
+        self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, window: Sequence[int], *args: Any
+    ) -> Tensor:
+        """q, k, v: (B, T, H, W, heads, head width)."""
+        self._group.at_block()
+        dim = self.dim + 4  # counted from the front, where two more follow
+        held, width = q.shape[dim], window[self.dim] // 2
+        keys_and_values, before = with_borders(torch.stack([k, v]), dim + 1, width, self._group)
+        k, v = keys_and_values.unbind()
+        # Queries stand where their keys do: those of the neighbours' places are any, and so are their answers.
+        padded = torch.zeros_like(k)
+        padded.narrow(dim, before, held).copy_(q)
+        return attend(padded, k, v, window, *args).narrow(dim, before, held)
+
+    def _positions(
+        self, tables: Callable[..., list[tuple[Tensor, Tensor]]], lengths: Sequence[int], *args: Any
+    ) -> list[tuple[Tensor, Tensor]]:
+        places = lengths[self.dim]
+        whole = list(lengths)
+        whole[self.dim] = self.whole(places)
+        found = list(tables(tuple(whole), *args))
+        here = slice(self.start(places), self.start(places) + places)
+        found[self.dim] = tuple(table[here] for table in found[self.dim])  # type: ignore[assignment]
+        return found
+
+    def _largest_chunk(self, largest: Callable[..., int], device: Any = None, **kwargs: Any) -> Fraction:
+        """This rank's share of the bytes that ComfyUI takes through the decoder at once, on the rank that has least.
+
+        So each makes as many chunks of its frames as all others, and they meet; and what a rank holds falls with the ranks.
+        """
+        own = torch.tensor(largest(device, **kwargs), dtype=torch.int64, device=device)
+        dist.all_reduce(own, dist.ReduceOp.MIN, self._group.world)
+        agreed = max(_CHUNK_BYTES, int(own) // _CHUNK_BYTES * _CHUNK_BYTES)
+        return Fraction(agreed * self._held, self._parts.total)
+
+
+def module_of(decoder: object) -> Any:
+    """The module of ComfyUI's in which a decoder's class stands."""
+    return sys.modules[type(decoder).__module__]
+
+
+class _WholeNoise(TorchFunctionMode):
+    """Has noise drawn for the whole picture, and cut."""
+
+    def __init__(self, cut: _Cut) -> None:
+        super().__init__()
+        self._cut = cut
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.randn_like:
+            like = args[0]
+            return self._cut_of(torch.randn, list(like.shape), {"dtype": like.dtype, "device": like.device, **kwargs})
+        if func is torch.randn:
+            shape = list(args[0]) if len(args) == 1 and not isinstance(args[0], int) else list(args)
+            return self._cut_of(torch.randn, shape, kwargs)
+        return func(*args, **kwargs)
+
+    def _cut_of(self, draw: Callable[..., Tensor], shape: list[int], kwargs: Mapping[str, Any]) -> Tensor:
+        dim, places = self._cut.dim, shape[self._cut.dim]
+        whole = [*shape]
+        whole[dim] = self._cut.whole(places)
+        return draw(whole, **kwargs).narrow(dim, self._cut.start(places), places)

@@ -1,0 +1,61 @@
+"""The VAEs of LTX in files: of video and of sound, by themselves or next to the transformer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, FileStamp, TensorInfo, read_config
+from rayltx.diffusion_models.lightricks.safetensors_files import SAFETENSORS_DTYPES, damage_of, open_safetensors
+from rayltx.errors import CheckpointError, InputError
+from rayltx.whole_files import check_is_file
+
+VIDEO, AUDIO, ANY = "video", "audio", "auto"
+PARTS = (ANY, VIDEO, AUDIO)
+_BUNDLED = "vae."  # under which a one-file checkpoint keeps the video's
+_AUDIO_PREFIXES = ("audio_vae.", "autoencoder.", "vocoder.")
+_VIDEO_MARKS = ("decoder.", "encoder.", "per_channel_statistics.")
+
+
+def open_vae(path: str | os.PathLike[str], part: str = ANY) -> Checkpoint:
+    """Find a VAE in a file, reading its header alone. part: one of PARTS; ANY is the video's, where there is one.
+
+    Its tensors are by ComfyUI's names. Raises CheckpointError where there is none, or the file is missing or damaged.
+    """
+    if part not in PARTS:
+        raise InputError(f"part={part!r} must be one of {', '.join(PARTS)}")
+    path = Path(path)
+    check_is_file(path)
+    stamp = FileStamp.of(path)
+    try:
+        with open_safetensors(path) as file:
+            metadata, found = dict(file.metadata()), file.described()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {damage_of(error)}") from error
+    prefix, names = "", list[str]()
+    if part in (ANY, VIDEO):
+        prefix, names = _video_names(found)
+    if not names and part in (ANY, AUDIO):
+        prefix, names = "", [name for name in found if name.startswith(_AUDIO_PREFIXES)]
+    if not names:
+        shown = ", ".join(sorted(found)[:3]) or "none"
+        kind = {ANY: "VAE", VIDEO: "VAE of video", AUDIO: "VAE of sound"}[part]
+        raise CheckpointError(f"{path}: there is no {kind} of LTX among its {len(found)} tensors ({shown}, ...)")
+    tensors = {}
+    for name in names:
+        dtype, shape = found[name]
+        if dtype not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} has the dtype {dtype}, which is not known here")
+        tensors[name.removeprefix(prefix)] = TensorInfo(SAFETENSORS_DTYPES[dtype], shape)
+    return Checkpoint(str(path.resolve()), prefix, tensors, metadata, read_config(path, metadata), stamp)
+
+
+def _video_names(found: Collection[str]) -> tuple[str, list[str]]:
+    for prefix in (_BUNDLED, ""):
+        names = [name for name in found if name.startswith(tuple(prefix + mark for mark in _VIDEO_MARKS))]
+        if any(name.startswith(prefix + _VIDEO_MARKS[0]) for name in names):
+            return prefix, names
+    return "", []
