@@ -6,6 +6,7 @@
     |   |-- DeviceError                 GPU indices and counts, shared memory, object store
     |   |-- CheckpointError             a file that is missing, damaged, or not what it should be
     |   |-- InputError                  sizes, timesteps, conditioning, prompts
+    |   |   `-- AbsentPartError         what a model file does not hold was used (an AttributeError too)
     |   |-- UnsupportedError            a valid request that this host or file cannot honour
     |   `-- MissingPackageError         a package that is needed is not installed
     |-- SelfTestError (RuntimeError)    the installed ComfyUI's model would give another picture on several ranks
@@ -49,6 +50,10 @@ class CheckpointError(UserError):
 
 class InputError(UserError):
     pass
+
+
+class AbsentPartError(InputError, AttributeError):
+    """An AttributeError too: whoever only asks whether a part has an attribute is told no."""
 
 
 class UnsupportedError(UserError):

@@ -75,6 +75,7 @@ USED = (
     "folder_paths.get_full_path",
     "folder_paths.get_full_path_or_raise",
     "folder_paths.get_user_directory",
+    "nodes.VAELoader",
     "nodes.common_ksampler",
 )
 # Methods in whose place ours are, on MODELs and on the workers' patchers: each has to be called under this name. Besides, in

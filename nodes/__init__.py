@@ -21,8 +21,11 @@ from rayltx.nodes.samplers import (
     XFuserSamplerCustom,
     XFuserSamplerCustomAdvanced,
 )
+from rayltx.nodes.simple import RayLTX
 
+# In the order in which they are listed: what one begins with comes first, and what ends everything last.
 _NODES = {
+    RayLTX: "LTX on several GPUs",
     RayInitializer: "Ray Init Actor",
     RayInitializerAdvanced: "Ray Init Actor (Advanced)",
     RayUNETLoader: "Load Diffusion Model (Ray)",
@@ -37,11 +40,11 @@ _NODES = {
     RayCFGGuider: "CFG Guider (Ray)",
     RayDualCFGGuider: "Dual CFG Guider (Ray)",
     RayModelSamplingLTXV: "ModelSamplingLTXV (Ray)",
-    RayKill: "Kill Ray",
     LTXChunkedFeedForward: "LTX Chunked Feed-Forward",
     TensorParallelV3Node: "Tensor Parallel V3 (Safe FFN Chunking)",
     TensorParallelAttentionV2: "Tensor Parallel V2 + Chunked FFN",
     TensorParallelV5Node: "Tensor Parallel V5 (Sequence Parallel + Ring Attention)",
+    RayKill: "Kill Ray",
 }
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: name for node, name in _NODES.items()}

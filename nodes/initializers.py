@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayltx.nodes.inputs import BEGINNING, CATEGORY, Definition, Schema
+from rayltx.nodes.inputs import BEGINNING, CATEGORY, DEVICE, MAX_WORKERS, Definition, Schema, advanced
 from rayltx.nodes.requirements_check import require_packages
 
-MAX_WORKERS = 64  # a fixed number: what this machine has is looked at when the node runs
+# What one sets; the rest is for those who know what it is.
+_SHOWN = ("GPU", "gpu_indices")
 
 
 def _text(default: str, tooltip: str) -> Definition:
@@ -49,7 +50,7 @@ _GPU_SHARES = _text(
     "measured speed where the GPUs are unlike, else even.",
 )
 _ULYSSES = _count(
-    2,
+    0,
     "Workers that trade tokens for attention heads. The product of all degrees is the number of GPUs. 0: what the "
     "others leave.",
 )
@@ -106,13 +107,6 @@ _BLOCK_TIMEOUT = _seconds(
     "Seconds within which a worker is never taken for stuck in a block. After them it is, if the block takes ten "
     "times what blocks usually take.",
 )
-_DEVICE: Definition = (
-    ["auto", "cuda", "cpu"],
-    {
-        "default": "auto",
-        "tooltip": "auto: what ComfyUI itself runs on. cpu runs the workers without a GPU: slow, and exact, to try things out.",
-    },
-)
 
 
 def _attention() -> Definition:
@@ -122,6 +116,14 @@ def _attention() -> Definition:
         "default": "TORCH_FLASH",
         "tooltip": "The attention kernel of the workers. The TORCH names let torch choose among its own; FLASH and SAGE need "
         "their packages, and fall back to torch's with a warning.",
+    }
+
+
+def _folded(schema: Schema) -> Schema:
+    """With all but `_SHOWN` marked as advanced."""
+    return {
+        group: {name: kind if name in _SHOWN else advanced(kind) for name, kind in definitions.items()}
+        for group, definitions in schema.items()
     }
 
 
@@ -142,29 +144,31 @@ class RayInitializer:
     @classmethod
     def INPUT_TYPES(cls) -> Schema:  # noqa: N802
         # The order is that of Raylight's files, which store values by position. Required is what all of them have.
-        return {
-            "required": {
-                "ray_cluster_address": _ADDRESS,
-                "ray_cluster_namespace": _NAMESPACE,
-                "GPU": _GPU,
-                "ulysses_degree": _ULYSSES,
-                "ring_degree": _RING,
-                "cfg_degree": _CFG,
-            },
-            "optional": {
-                "dp_degree": _DP,
-                "sync_ulysses": _SYNC,
-                "clear_vram_after_sampling": _CLEAR,
-                "FSDP": _FSDP,
-                "FSDP_CPU_OFFLOAD": _OFFLOAD,
-                "XFuser_attention": _attention(),
-                "skip_comm_test": _SKIP_TEST,
-                "use_mmap": _MMAP,
-                "ray_object_store_gb": _STORE,
-                "gpu_indices": _GPU_INDICES,
-                "device": _DEVICE,
-            },
-        }
+        return _folded(
+            {
+                "required": {
+                    "ray_cluster_address": _ADDRESS,
+                    "ray_cluster_namespace": _NAMESPACE,
+                    "GPU": _GPU,
+                    "ulysses_degree": _ULYSSES,
+                    "ring_degree": _RING,
+                    "cfg_degree": _CFG,
+                },
+                "optional": {
+                    "dp_degree": _DP,
+                    "sync_ulysses": _SYNC,
+                    "clear_vram_after_sampling": _CLEAR,
+                    "FSDP": _FSDP,
+                    "FSDP_CPU_OFFLOAD": _OFFLOAD,
+                    "XFuser_attention": _attention(),
+                    "skip_comm_test": _SKIP_TEST,
+                    "use_mmap": _MMAP,
+                    "ray_object_store_gb": _STORE,
+                    "gpu_indices": _GPU_INDICES,
+                    "device": DEVICE,
+                },
+            }
+        )
 
     @classmethod
     def _order(cls) -> str:
@@ -176,7 +180,7 @@ class RayInitializer:
         """A value in another's place, from a file of another version, is told from a wrong one."""
         for name, value, allowed in (
             ("XFuser_attention", XFuser_attention, _attention()[0]),
-            ("device", device, _DEVICE[0]),
+            ("device", device, DEVICE[0]),
         ):
             if value not in allowed:
                 return (
@@ -199,36 +203,38 @@ class RayInitializerAdvanced(RayInitializer):
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:  # noqa: N802
-        return {
-            "required": {
-                "ray_cluster_address": _ADDRESS,
-                "ray_cluster_namespace": _NAMESPACE,
-                "GPU": _GPU,
-            },
-            "optional": {
-                "GPU_SELECT": _GPU_INDICES,
-                "ulysses_degree": _ULYSSES,
-                "ring_degree": _RING,
-                "clear_vram_after_sampling": _CLEAR,
-                "cfg_degree": _CFG,
-                "dp_degree": _DP,
-                "sync_ulysses": _SYNC,
-                "FSDP": _FSDP,
-                "FSDP_CPU_OFFLOAD": _OFFLOAD,
-                "XFuser_attention": _attention(),
-                "skip_comm_test": _SKIP_TEST,
-                "use_mmap": _MMAP,
-                "ray_object_store_gb": _STORE,
-                "ray_dashboard_address": _DASHBOARD,
-                "torch_dist_address": _DIST,
-                "gpu_indices": _GPU_INDICES,
-                "device": _DEVICE,
-                "step_timeout_s": _STEP_TIMEOUT,
-                "call_timeout_s": _CALL_TIMEOUT,
-                "block_timeout_s": _BLOCK_TIMEOUT,
-                "gpu_shares": _GPU_SHARES,
-            },
-        }
+        return _folded(
+            {
+                "required": {
+                    "ray_cluster_address": _ADDRESS,
+                    "ray_cluster_namespace": _NAMESPACE,
+                    "GPU": _GPU,
+                },
+                "optional": {
+                    "GPU_SELECT": _GPU_INDICES,
+                    "ulysses_degree": _ULYSSES,
+                    "ring_degree": _RING,
+                    "clear_vram_after_sampling": _CLEAR,
+                    "cfg_degree": _CFG,
+                    "dp_degree": _DP,
+                    "sync_ulysses": _SYNC,
+                    "FSDP": _FSDP,
+                    "FSDP_CPU_OFFLOAD": _OFFLOAD,
+                    "XFuser_attention": _attention(),
+                    "skip_comm_test": _SKIP_TEST,
+                    "use_mmap": _MMAP,
+                    "ray_object_store_gb": _STORE,
+                    "ray_dashboard_address": _DASHBOARD,
+                    "torch_dist_address": _DIST,
+                    "gpu_indices": _GPU_INDICES,
+                    "device": DEVICE,
+                    "step_timeout_s": _STEP_TIMEOUT,
+                    "call_timeout_s": _CALL_TIMEOUT,
+                    "block_timeout_s": _BLOCK_TIMEOUT,
+                    "gpu_shares": _GPU_SHARES,
+                },
+            }
+        )
 
 
 class RayKill:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rayltx.comfy_dist.dtype_choices import WEIGHT_DTYPES
+
 CATEGORY = "Raylight"
 # Words by which ComfyUI's search finds what one begins with.
 BEGINNING = ["multi gpu", "multiple gpus", "several gpus", "parallel", "distributed", "ltx", "ray"]
@@ -12,6 +14,13 @@ Schema = dict[str, Any]
 Definition = tuple[Any, dict[str, Any]]
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
+MAX_WORKERS = 64  # a fixed number: what this machine has is looked at when the node runs
+
+
+def advanced(definition: Definition) -> Definition:
+    """An input that ComfyUI's Nodes 2.0 folds away until one asks for more. It stays where it is in the order of values."""
+    kind, options = definition
+    return kind, {**options, "advanced": True}
 
 
 def seed(tooltip: str = "The random seed of the noise. The same seed gives the same video.") -> Definition:
@@ -67,4 +76,23 @@ CUSTOM_SIGMAS = ("SIGMAS", {"tooltip": "Noise levels from a scheduler node, such
 ADD_NOISE = (
     "BOOLEAN",
     {"default": True, "tooltip": "Off for the second of two passes, whose latent holds noise already."},
+)
+MAX_VRAM: Definition = (
+    "FLOAT",
+    {
+        "default": 0.0, "min": 0.0, "max": 1024.0, "step": 0.5,
+        "tooltip": "The weights that each GPU may hold, in GiB; the rest is streamed from host memory, block by block. 0: as "
+        "many as fit next to the video.",
+    },
+)  # fmt: skip
+WEIGHT_DTYPE: Definition = (
+    list(WEIGHT_DTYPES),
+    {"default": "default", "tooltip": "The dtype of the weights in memory. default: as ComfyUI chooses."},
+)
+DEVICE: Definition = (
+    ["auto", "cuda", "cpu"],
+    {
+        "default": "auto",
+        "tooltip": "auto: what ComfyUI itself runs on. cpu runs the workers without a GPU: slow, and exact, to try things out.",
+    },
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayltx.comfy_dist.dtype_choices import GGUF_DTYPES, WEIGHT_DTYPES
-from rayltx.nodes.inputs import BEGINNING, CATEGORY, Definition, Schema
+from rayltx.comfy_dist.dtype_choices import GGUF_DTYPES
+from rayltx.nodes.inputs import BEGINNING, CATEGORY, MAX_VRAM, WEIGHT_DTYPE, Schema, advanced
+from rayltx.nodes.model_files import file_names, gguf_folders, path_of
 from rayltx.nodes.requirements_check import require_packages
 
 _UNET_FOLDERS = ("diffusion_models", "checkpoints")
@@ -14,47 +15,8 @@ _LORA = (
     "RAY_LORA",
     {"tooltip": "LoRAs from Load Lora Model (Ray). ComfyUI's own LoRA nodes work on the MODEL as well."},
 )
-_MAX_VRAM: Definition = (
-    "FLOAT",
-    {
-        "default": 0.0, "min": 0.0, "max": 1024.0, "step": 0.5,
-        "tooltip": "The weights that each GPU may hold, in GiB; the rest is streamed from host memory, block by block. 0: as "
-        "many as fit next to the video.",
-    },
-)  # fmt: skip
-_WEIGHT_DTYPE: Definition = (
-    list(WEIGHT_DTYPES),
-    {"default": "default", "tooltip": "The dtype of the weights in memory. default: as ComfyUI chooses."},
-)
 _ACTOR_NAMES = ("ray_actors", "model")
 _ACTOR_TOOLTIPS = ("For the XFuser samplers and Ray nodes.", "For every node of ComfyUI that takes a MODEL.")
-
-
-def _gguf_folders() -> tuple[str]:
-    """ComfyUI lists no GGUF files by itself. The name is the one under which other packs list them."""
-    import folder_paths
-
-    known = folder_paths.folder_names_and_paths
-    if "unet_gguf" not in known:
-        known["unet_gguf"] = (list(known["diffusion_models"][0]), {".gguf"})
-    return ("unet_gguf",)
-
-
-def _names(folders: tuple[str, ...], endings: tuple[str, ...] = ()) -> list[str]:
-    import folder_paths
-
-    found = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
-    return [name for name in dict.fromkeys(found) if not endings or name.lower().endswith(endings)]
-
-
-def _path(name: str, folders: tuple[str, ...]) -> str:
-    import folder_paths
-
-    for folder in folders[:-1]:
-        path = folder_paths.get_full_path(folder, name)
-        if path is not None:
-            return path
-    return folder_paths.get_full_path_or_raise(folders[-1], name)
 
 
 class RayUNETLoader:
@@ -76,13 +38,13 @@ class RayUNETLoader:
         return {
             "required": {
                 "unet_name": (
-                    _names(_UNET_FOLDERS),
+                    file_names(_UNET_FOLDERS),
                     {"tooltip": "An LTX model, from models/diffusion_models or models/checkpoints."},
                 ),
-                "weight_dtype": _WEIGHT_DTYPE,
+                "weight_dtype": WEIGHT_DTYPE,
                 "ray_actors_init": _INIT,
             },
-            "optional": {"lora": _LORA, "max_vram_gb": _MAX_VRAM},
+            "optional": {"lora": _LORA, "max_vram_gb": advanced(MAX_VRAM)},
         }
 
     def load_ray_unet(
@@ -91,7 +53,7 @@ class RayUNETLoader:
         require_packages()
         from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
 
-        path = _path(unet_name, _UNET_FOLDERS)
+        path = path_of(unet_name, _UNET_FOLDERS)
         actors = load_actors(path, ray_actors_init, lora, max_vram_gb, kept_by(self), weight_dtype=weight_dtype)
         return actors, actors.model
 
@@ -122,12 +84,12 @@ class RayCheckpointLoader:
         return {
             "required": {
                 "ckpt_name": (
-                    _names(("checkpoints",)),
+                    file_names(("checkpoints",)),
                     {"tooltip": "A checkpoint of an LTX model, from models/checkpoints."},
                 ),
                 "ray_actors_init": _INIT,
             },
-            "optional": {"weight_dtype": _WEIGHT_DTYPE, "lora": _LORA, "max_vram_gb": _MAX_VRAM},
+            "optional": {"weight_dtype": advanced(WEIGHT_DTYPE), "lora": _LORA, "max_vram_gb": advanced(MAX_VRAM)},
         }
 
     def load_ray_checkpoint(
@@ -143,7 +105,7 @@ class RayCheckpointLoader:
         from rayltx.comfy_dist.main_process.loaded_models import FileState
         from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
 
-        path = _path(ckpt_name, ("checkpoints",))
+        path = path_of(ckpt_name, ("checkpoints",))
         if self._parts is None or self._parts.source != FileState.of(path):
             check_is_bundle(path)
             self._parts = None  # the memory of the last file's text encoder may be needed for this one's
@@ -171,7 +133,7 @@ class RayGGUFLoader:
         return {
             "required": {
                 "unet_name": (
-                    _names(_gguf_folders()),
+                    file_names(gguf_folders()),
                     {"tooltip": "A GGUF file of an LTX model, from models/diffusion_models or models/unet."},
                 ),
                 "dequant_dtype": (
@@ -190,7 +152,7 @@ class RayGGUFLoader:
                 ),
                 "ray_actors_init": _INIT,
             },
-            "optional": {"lora": _LORA, "max_vram_gb": _MAX_VRAM},
+            "optional": {"lora": _LORA, "max_vram_gb": advanced(MAX_VRAM)},
         }
 
     def load_ray_unet(
@@ -200,7 +162,7 @@ class RayGGUFLoader:
         require_packages()
         from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
 
-        path = _path(unet_name, _gguf_folders())
+        path = path_of(unet_name, gguf_folders())
         actors = load_actors(
             path,
             ray_actors_init,
@@ -227,7 +189,7 @@ class RayLoraLoader:
     def INPUT_TYPES(cls) -> Schema:  # noqa: N802
         return {
             "required": {
-                "lora_name": (_names(("loras",)), {"tooltip": "A LoRA, from models/loras."}),
+                "lora_name": (file_names(("loras",)), {"tooltip": "A LoRA, from models/loras."}),
                 "strength_model": (
                     "FLOAT",
                     {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01, "tooltip": "How strongly it counts."},
@@ -239,4 +201,4 @@ class RayLoraLoader:
     def load_lora(self, lora_name: str, strength_model: float, prev_ray_lora: Any = ()) -> tuple[Any]:
         from rayltx.comfy_dist.main_process.lora_files import LoraFile
 
-        return ((*prev_ray_lora, LoraFile(_path(lora_name, ("loras",)), strength_model)),)
+        return ((*prev_ray_lora, LoraFile(path_of(lora_name, ("loras",)), strength_model)),)

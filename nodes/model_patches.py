@@ -47,8 +47,12 @@ class LTXChunkedFeedForward:
         return (with_chunked_feed_forward(model, chunks),)
 
 
+# The next three are for graphs made with other packs, which run as before: ComfyUI does not offer them for new graphs.
+
+
 class TensorParallelV3Node:
     CATEGORY = _MEMORY
+    DEPRECATED = True
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "info")
     OUTPUT_TOOLTIPS = ("The model with its feed-forward in parts.", "What was done.")
@@ -74,6 +78,7 @@ class TensorParallelV3Node:
 
 class TensorParallelAttentionV2:
     CATEGORY = _MEMORY
+    DEPRECATED = True
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "info")
     OUTPUT_TOOLTIPS = ("The model, shared by Ulysses.", "What was done.")
@@ -115,6 +120,7 @@ class TensorParallelAttentionV2:
 
 class TensorParallelV5Node:
     CATEGORY = _MEMORY
+    DEPRECATED = True
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "info")
     OUTPUT_TOOLTIPS = ("The model, shared by ring attention.", "What was done.")

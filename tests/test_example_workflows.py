@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from itertools import combinations
 from pathlib import Path
 
@@ -21,20 +19,6 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
 
 def read(name):
     return json.loads((FOLDER / name).read_text())
-
-
-@pytest.fixture
-def lists_of_names(monkeypatch):
-    """What the schema of loaders and samplers takes from ComfyUI."""
-    folder_paths = types.ModuleType("folder_paths")
-    folder_paths.get_filename_list = lambda folder: []
-    folder_paths.folder_names_and_paths = {"diffusion_models": ([], set())}
-    samplers = types.ModuleType("comfy.samplers")
-    samplers.KSampler = types.SimpleNamespace(SAMPLERS=["euler"], SCHEDULERS=["simple"])
-    comfy = types.ModuleType("comfy")
-    comfy.samplers = samplers
-    for module in (folder_paths, comfy, samplers):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 def number_of_widgets(node):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from rayltx.comfy_dist.main_process.ksampler import SamplingRange
 from rayltx.errors import InputError
 from rayltx.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from rayltx.nodes.initializers import RayInitializer, RayInitializerAdvanced
+from rayltx.nodes.simple import RayLTX
+from rayltx.sequence_parallel.partition import DEGREES, ParallelConfig
 
 # The widgets of Raylight 1.5.1, by whose order files store values.
 INITIALIZER = [
@@ -79,6 +83,65 @@ def test_what_one_begins_with_is_found_by_what_it_is_for():
     for name in ("RayInitializer", "RayUNETLoader", "RayGGUFLoader", "RayCheckpointLoader"):
         assert {"multi gpu", "parallel", "ltx", "ray"} <= set(NODE_CLASS_MAPPINGS[name].SEARCH_ALIASES)
     assert not hasattr(NODE_CLASS_MAPPINGS["RayKill"], "SEARCH_ALIASES")
+
+
+def test_what_one_begins_with_is_listed_first_and_what_ends_everything_last():
+    names = list(NODE_CLASS_MAPPINGS)
+    assert (names[0], names[-1]) == ("RayLTX", "RayKill")
+    assert {"multi gpu", "parallel", "ltx", "ray"} <= set(NODE_CLASS_MAPPINGS["RayLTX"].SEARCH_ALIASES)
+
+
+def test_nodes_for_graphs_of_other_packs_are_not_offered_for_new_ones():
+    deprecated = {name for name, node in NODE_CLASS_MAPPINGS.items() if getattr(node, "DEPRECATED", False)}
+    assert deprecated == {"TensorParallelAttentionV2", "TensorParallelV3Node", "TensorParallelV5Node"}
+
+
+# ---- what is shown at once
+
+
+def shown(name):
+    """The inputs that the frontend does not fold away."""
+    groups = NODE_CLASS_MAPPINGS[name].INPUT_TYPES()
+    inputs = {**groups["required"], **groups.get("optional", {})}
+    return [field for field, definition in inputs.items() if not definition[1].get("advanced")]
+
+
+SHOWN = {
+    "RayLTX": ["model_name", "gpus"],
+    "RayInitializer": ["GPU", "gpu_indices"],
+    "RayInitializerAdvanced": ["GPU", "gpu_indices"],
+    "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
+    "RayCheckpointLoader": ["ckpt_name", "ray_actors_init", "lora"],
+    "RayGGUFLoader": ["unet_name", "dequant_dtype", "patch_dtype", "ray_actors_init", "lora"],
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_one_need_not_know_is_folded_away(name, lists_of_names):
+    assert shown(name) == SHOWN[name]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("node", [RayInitializer, RayInitializerAdvanced])
+def test_the_folded_defaults_go_with_every_number_of_gpus(node, workers):
+    groups = node.INPUT_TYPES()
+    defaults = {**groups["required"], **groups["optional"]}
+    config = ParallelConfig.for_workers(workers, *(defaults[name][1]["default"] for name in DEGREES))
+    assert config == ParallelConfig(ulysses_degree=workers)
+
+
+def test_a_first_node_needs_a_file_and_nothing_else(lists_of_names):
+    sys.modules["folder_paths"].get_filename_list = lambda folder: {
+        "checkpoints": ["sd.safetensors", "ltx-2.safetensors"], "diffusion_models": ["a.safetensors", "ltx-2.safetensors"],
+        "unet_gguf": ["LTX-2.gguf"], "vae": ["some.safetensors"],
+    }[folder]  # fmt: skip
+    schema = RayLTX.INPUT_TYPES()
+    assert schema["required"]["model_name"][0] == ["ltx-2.safetensors", "LTX-2.gguf", "sd.safetensors", "a.safetensors"]
+    assert schema["required"]["gpus"][1]["default"] == 0
+    assert schema["optional"]["vae_name"][0] == ["from the file", "some.safetensors"]
+    defaults = inspect.signature(RayLTX.load).parameters
+    assert all(defaults[name].default == given[1]["default"] for name, given in schema["optional"].items())
+    assert RayLTX.RETURN_TYPES == ("MODEL", "VAE", "CLIP", "STRING")
 
 
 # ---- attention names

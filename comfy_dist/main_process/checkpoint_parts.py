@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.sd
 import folder_paths
 
 from rayltx.comfy_dist.main_process.loaded_models import FileState
 from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
-from rayltx.errors import InputError
-from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
+from rayltx.errors import AbsentPartError, InputError
+from rayltx.expansion.comfyui_gguf.checkpoint import GGUFCheckpoint, open_model_file
+
+
+def is_bundle(path: str) -> bool:
+    """Whether ComfyUI's loader of checkpoints finds the transformer in a file. Raises CheckpointError for no LTX file."""
+    checkpoint = open_model_file(path)
+    return checkpoint.prefix == OFFICIAL_PREFIX and not isinstance(checkpoint, GGUFCheckpoint)
 
 
 def check_is_bundle(path: str) -> None:
@@ -30,13 +36,32 @@ class CheckpointParts:
 
     source: FileState
     clip: Any  # ComfyUI's CLIP; None where the file has none
-    vae: Any  # ComfyUI's VAE, which raises when it is used if the file has none
+    vae: Any  # ComfyUI's VAE, which raises when it is used if the file has none; None where it was not asked for
 
     @classmethod
-    def of(cls, path: str) -> CheckpointParts:
+    def of(cls, path: str, with_vae: bool = True) -> CheckpointParts:
         """Load them. The transformer's weights are not touched."""
         _, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-            path, output_vae=True, output_clip=True, output_model=False,
+            path, output_vae=with_vae, output_clip=True, output_model=False,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )  # fmt: skip
         return cls(FileState.of(path), clip, vae)
+
+    @property
+    def has_vae(self) -> bool:
+        return self.vae is not None and self.vae.first_stage_model is not None
+
+
+class AbsentVAE:
+    """In the place of the VAE of a file that has none. Whatever is done with it raises AbsentPartError.
+
+    ComfyUI's own for this raises in `encode` and `decode` alone, and nodes for LTX ask for its factors before.
+    """
+
+    _message = ""  # for what looks at an object that is being copied
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AbsentPartError(self._message)

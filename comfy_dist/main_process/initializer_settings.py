@@ -37,7 +37,7 @@ class InitializerSettings:
     ray_cluster_address: str = LOCAL
     ray_cluster_namespace: str = "default"
     GPU: int = 2
-    ulysses_degree: int = 2
+    ulysses_degree: int = 0
     ring_degree: int = 1
     cfg_degree: int = 1
     dp_degree: int = 1
@@ -59,6 +59,7 @@ class InitializerSettings:
     gpu_shares: str = ""
     device: str = AUTOMATIC  # what ComfyUI itself runs on
     expected_order: str = ""  # of the node's widgets, for the message when they look shifted
+    gpu_input: str = "GPU"  # what the node calls its input GPU, for messages
 
     def placement(self) -> Placement:
         """Raises UserError by the widget's name, before anything is started."""
@@ -67,7 +68,10 @@ class InitializerSettings:
         indices = parse_gpu_indices(self._indices())
         workers = self.GPU or len(indices) or self._default_workers(device)
         if indices and self.GPU and len(indices) != self.GPU:
-            raise DeviceError(f"GPU={self.GPU}, but gpu_indices names {len(indices)}: make them agree, or set GPU to 0")
+            raise DeviceError(
+                f"{self.gpu_input}={self.GPU}, but gpu_indices names {len(indices)}: make them agree, or set "
+                f"{self.gpu_input} to 0"
+            )
         if device != CPU and self.ray_cluster_address == LOCAL:
             self._check_gpus(device, workers)
         try:
@@ -75,7 +79,7 @@ class InitializerSettings:
             config = dataclasses.replace(config, shares=parse_shares("gpu_shares", self.gpu_shares, workers))
         except ParallelConfigError as error:
             named = ", ".join(f"{name}={degree}" for name, degree in zip(DEGREES, self._degrees()))
-            raise ParallelConfigError(f"GPU={self.GPU}, {named}: {error}") from error
+            raise ParallelConfigError(f"{self.gpu_input}={self.GPU}, {named}: {error}") from error
         if self.ray_object_store_gb < 0:
             raise DeviceError(f"ray_object_store_gb={self.ray_object_store_gb} must not be negative; 0 is automatic")
         environment = ComfyEnvironment.of_this_process()
@@ -145,12 +149,13 @@ class InitializerSettings:
         visible = kind_of(device).count()
         if visible == 0:
             raise DeviceError(
-                f"GPU={self.GPU}: ComfyUI sees no {device.upper()} device here. Check the driver, torch and "
+                f"{self.gpu_input}={self.GPU}: ComfyUI sees no {device.upper()} device here. Check the driver, torch and "
                 f'{kind_of(device).visible_variable}, or set the input "device" to cpu'
             )
         if workers > visible:
             raise DeviceError(
-                f"GPU={workers}, but {visible} are visible to ComfyUI; set GPU to {visible} or fewer, or to 0"
+                f"{self.gpu_input}={workers}, but {visible} are visible to ComfyUI; set {self.gpu_input} to {visible} or "
+                "fewer, or to 0"
             )
 
     def _dashboard(self) -> str:

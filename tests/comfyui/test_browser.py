@@ -80,14 +80,14 @@ REPAIRS = {
                            "ray_object_store_gb": 12.5, "gpu_indices": "1,2"},
     },
     "12_values_with_comm_test": {
-        "RayInitializer": {"GPU": 4, "ring_degree": 2, "FSDP_CPU_OFFLOAD": True, "XFuser_attention": "FLASH_ATTN",
-                           "skip_comm_test": True, "use_mmap": True},
+        "RayInitializer": {"GPU": 4, "ulysses_degree": 2, "ring_degree": 2, "FSDP_CPU_OFFLOAD": True,
+                           "XFuser_attention": "FLASH_ATTN", "skip_comm_test": True, "use_mmap": True},
     },
     "13_values": {
-        "RayInitializer": {"dp_degree": 0, "sync_ulysses": True, "FSDP": True, "skip_comm_test": True},
+        "RayInitializer": {"ulysses_degree": 2, "dp_degree": 0, "sync_ulysses": True, "FSDP": True, "skip_comm_test": True},
     },
     "13_values_in_a_subgraph": {
-        "RayInitializer": {"dp_degree": 0, "sync_ulysses": True, "FSDP": True, "skip_comm_test": True},
+        "RayInitializer": {"ulysses_degree": 2, "dp_degree": 0, "sync_ulysses": True, "FSDP": True, "skip_comm_test": True},
     },
     "14_values": {
         "RayInitializer": {"GPU": 8, "ulysses_degree": 8, "clear_vram_after_sampling": True,
@@ -100,11 +100,11 @@ REPAIRS = {
                            "gpu_indices": "2,3"},
     },
     "advanced_14_values": {
-        "RayInitializerAdvanced": {"ray_object_store_gb": 6.5, "torch_dist_address": "127.0.0.1:29500", "sync_ulysses": True,
-                                   "XFuser_attention": "FLASH_ATTN_3", "gpu_indices": "0,3"},
+        "RayInitializerAdvanced": {"ulysses_degree": 2, "ray_object_store_gb": 6.5, "torch_dist_address": "127.0.0.1:29500",
+                                   "sync_ulysses": True, "XFuser_attention": "FLASH_ATTN_3", "gpu_indices": "0,3"},
     },
     "advanced_18_values": {
-        "RayInitializerAdvanced": {"GPU_SELECT": "0,3", "clear_vram_after_sampling": True, "dp_degree": 0,
+        "RayInitializerAdvanced": {"GPU_SELECT": "0,3", "ulysses_degree": 2, "clear_vram_after_sampling": True, "dp_degree": 0,
                                    "XFuser_attention": "TORCH_CUDNN", "skip_comm_test": True, "ray_object_store_gb": 2,
                                    "torch_dist_address": "127.0.0.1:29500"},
     },
@@ -134,7 +134,7 @@ def test_a_saved_workflow_loads_as_it_was(page):
 
 
 INITIALIZER = {  # as much of the node's widgets as the repair looks at
-    "ray_cluster_address": "local", "ray_cluster_namespace": "default", "GPU": 2, "ulysses_degree": 2, "ring_degree": 1,
+    "ray_cluster_address": "local", "ray_cluster_namespace": "default", "GPU": 2, "ulysses_degree": 0, "ring_degree": 1,
     "cfg_degree": 1, "dp_degree": 1, "sync_ulysses": False, "clear_vram_after_sampling": False, "FSDP": False,
     "FSDP_CPU_OFFLOAD": False, "XFuser_attention": "TORCH_FLASH", "skip_comm_test": False, "use_mmap": False,
     "ray_object_store_gb": 0.0, "gpu_indices": "", "device": "cuda",

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.comfyui
 ROOT = Path(__file__).parents[2]
 OF_COMFYUI = ("comfy", "comfy_extras", "folder_paths", "nodes")
 BY_STRING = {
-    "comfy_extras.nodes_custom_sampler", "comfy_extras.nodes_lt", "nodes.common_ksampler", "comfy.memory_management",
-    "comfy.ldm.lightricks.av_model", "comfy.ldm.lightricks.model",
+    "comfy_extras.nodes_custom_sampler", "comfy_extras.nodes_lt", "nodes.VAELoader", "nodes.common_ksampler",
+    "comfy.memory_management", "comfy.ldm.lightricks.av_model", "comfy.ldm.lightricks.model",
 }  # fmt: skip
 PACKAGES = ("cli", "comfy_dist", "diffusion_models", "distributed_worker", "expansion", "nodes", "sequence_parallel")
 

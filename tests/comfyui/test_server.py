@@ -582,13 +582,14 @@ def test_every_input_has_a_tooltip_and_every_node_a_help_page(server):
     info = server.get("/object_info")
     for name in NODE_CLASS_MAPPINGS:
         assert info[name]["description"], name
-        for group in info[name]["input"].values():
+        groups = [info[name]["input"].get(group, {}) for group in ("required", "optional")]
+        for group in groups:
             for field, definition in group.items():
                 assert definition[1]["tooltip"], (name, field)
         folder = info[name]["python_module"].removeprefix("custom_nodes.")
         page = (server.base / "custom_nodes" / folder / "web" / "docs" / f"{name}.md").read_text()
         assert page.startswith(f"# {info[name]['display_name']}\n")
-        missing = [field for group in info[name]["input"].values() for field in group if f"`{field}`" not in page]
+        missing = [field for group in groups for field in group if f"`{field}`" not in page]
         assert not missing, (name, missing)
 
 
