@@ -24,6 +24,8 @@ from rayltx.nodes.samplers import (
 from rayltx.nodes.simple import RayLTX
 
 # In the order in which they are listed: what one begins with comes first, and what ends everything last.
+from rayltx.nodes.vae import RayVAEDecodeDistributed, RayVAELoader
+
 _NODES = {
     RayLTX: "LTX on several GPUs",
     RayInitializer: "Ray Init Actor",
@@ -32,6 +34,8 @@ _NODES = {
     RayCheckpointLoader: "Load Checkpoint (Ray)",
     RayGGUFLoader: "Load Diffusion GGUF Model (Ray)",
     RayLoraLoader: "Load Lora Model (Ray)",
+    RayVAELoader: "Load VAE (Ray)",
+    RayVAEDecodeDistributed: "Distributed VAE (Ray)",
     XFuserKSampler: "XFuser KSampler",
     XFuserKSamplerAdvanced: "XFuser KSampler (Advanced)",
     XFuserSamplerCustom: "XFuser SamplerCustom",

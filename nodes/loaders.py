@@ -69,13 +69,13 @@ class RayCheckpointLoader:
     OUTPUT_TOOLTIPS = (
         _ACTOR_TOOLTIPS[1],
         "The text encoder of the file, in ComfyUI's own process; none where the file has none.",
-        "The VAE of the file, in ComfyUI's own process.",
+        "The VAE of the file, on the workers.",
         _ACTOR_TOOLTIPS[0],
     )
     FUNCTION = "load_ray_checkpoint"
     _parts: Any = None  # of the last run
     DESCRIPTION = (
-        "Takes the place of Load Checkpoint: the LTX model of the file goes onto the workers, its VAE and text encoder are "
+        "Takes the place of Load Checkpoint: the LTX model of the file and its VAE go onto the workers, its text encoder is "
         "ComfyUI's own."
     )
 
@@ -101,7 +101,7 @@ class RayCheckpointLoader:
         max_vram_gb: float = 0.0,
     ) -> tuple[Any, ...]:
         require_packages()
-        from rayltx.comfy_dist.main_process.checkpoint_parts import CheckpointParts, check_is_bundle
+        from rayltx.comfy_dist.main_process.checkpoint_parts import CheckpointParts, check_is_bundle, vae_of
         from rayltx.comfy_dist.main_process.loaded_models import FileState
         from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
 
@@ -111,7 +111,8 @@ class RayCheckpointLoader:
             self._parts = None  # the memory of the last file's text encoder may be needed for this one's
         actors = load_actors(path, ray_actors_init, lora, max_vram_gb, kept_by(self), weight_dtype=weight_dtype)
         self._parts = self._parts or CheckpointParts.of(path)
-        return actors.model, self._parts.clip, self._parts.vae, actors
+        vae = vae_of(path, ray_actors_init, self, "use that of Load VAE (Ray), or of Load VAE")
+        return actors.model, self._parts.clip, vae, actors
 
 
 class RayGGUFLoader:

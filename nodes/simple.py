@@ -26,23 +26,18 @@ def _model_names() -> list[str]:
     return sorted(file_names(_folders()), key=lambda name: "ltx" not in name.lower())
 
 
-def _vae(path: str, vae_name: str, parts: Any, placement: Any) -> Any:
-    """The node's VAE: ComfyUI's own, in its process. Where the model file has none, one that says so when it is used.
-
-    path: of the model file. parts: what else is in it, a `CheckpointParts`, or None for a file with the model alone.
-    placement: where the model's workers are.
-    """
-    from rayltx.comfy_dist.main_process.checkpoint_parts import AbsentVAE
-    from rayltx.comfy_dist.main_process.comfy_nodes import call_node
+def _vae(path: str, vae_name: str, placement: Any, node: object) -> Any:
+    """The node's VAE, on the workers. Where the model file, at `path`, has none, one that says so when it is used."""
+    from rayltx.comfy_dist.main_process.checkpoint_parts import vae_of
+    from rayltx.comfy_dist.main_process.ray_values import load_vae
 
     if vae_name != FROM_THE_FILE:
-        return call_node("nodes", "VAELoader", vae_name=vae_name)[0]
-    if parts is not None and parts.has_vae:
-        return parts.vae
-    return AbsentVAE(
-        f"{os.path.basename(path)} holds no VAE: choose one of models/vae in vae_name of LTX on several GPUs, which is one of "
-        "its advanced inputs, or use that of Load VAE"
+        return load_vae(path_of(vae_name, ("vae",)), "auto", placement.request, node)
+    remedy = (
+        "choose one of models/vae in vae_name of LTX on several GPUs, which is one of its advanced inputs, or use that of Load "
+        "VAE"
     )
+    return vae_of(path, placement, node, remedy)
 
 
 class RayLTX:
@@ -54,7 +49,7 @@ class RayLTX:
     RETURN_NAMES = ("model", "vae", "clip", "info")
     OUTPUT_TOOLTIPS = (
         "For every node of ComfyUI that takes a MODEL.",
-        "The VAE of the file, or the chosen one.",
+        "The VAE of the file, or the chosen one, on the workers.",
         "The text encoder of the file; none where the file has none.",
         "What was chosen: the GPUs, and how they share the work.",
     )
@@ -109,25 +104,23 @@ class RayLTX:
 
         path = path_of(model_name, _folders())
         _check_dtype(path, weight_dtype)
-        with_vae = vae_name == FROM_THE_FILE
-        self._forget_other_parts(path, with_vae)
+        self._forget_other_parts(path)
         placement = start_workers(GPU=gpus, gpu_input="gpus", device=device, **_AUTOMATIC)
         actors = load_actors(path, placement, (), max_vram_gb, kept_by(self), weight_dtype=weight_dtype)
         if self._parts is None and is_bundle(path):
-            self._parts = CheckpointParts.of(path, with_vae)
-        vae = _vae(path, vae_name, self._parts, placement)
+            self._parts = CheckpointParts.of(path)
+        vae = _vae(path, vae_name, placement, self)
         clip = None if self._parts is None else self._parts.clip
-        info = _info(path, placement, vae_name, self._parts)
+        info = _info(path, placement, vae_name, clip is not None)
         logger.info("%s", info.replace("\n", "; "))
         _show(info, unique_id)
         return actors.model, vae, clip, info
 
-    def _forget_other_parts(self, path: str, with_vae: bool) -> None:
+    def _forget_other_parts(self, path: str) -> None:
         """Before the model is loaded: the memory of the last file's text encoder may be needed for this one."""
         from rayltx.comfy_dist.main_process.loaded_models import FileState
 
-        kept = self._parts
-        if kept is not None and (kept.source != FileState.of(path) or (kept.vae is not None) != with_vae):
+        if self._parts is not None and self._parts.source != FileState.of(path):
             self._parts = None
 
 
@@ -141,17 +134,17 @@ def _check_dtype(path: str, weight_dtype: str) -> None:
         )
 
 
-def _info(path: str, placement: Any, vae_name: str, parts: Any) -> str:
+def _info(path: str, placement: Any, vae_name: str, has_clip: bool) -> str:
     """Two lines: who works on it and how they share it; where the rest comes from."""
+    from rayltx.diffusion_models.lightricks.vae_checkpoint import holds_vae
+
     request = placement.request
     workers = f"{request.workers} worker{'s' if request.workers > 1 else ''} ({request.device})"
     if vae_name == FROM_THE_FILE:
-        vae = "VAE from the file" if parts is not None and parts.has_vae else "no VAE in the file"
+        vae = "VAE from the file" if holds_vae(path) else "no VAE in the file"
     else:
         vae = f"VAE {vae_name}"
-    clip = (
-        "text encoder from the file" if parts is not None and parts.clip is not None else "no text encoder in the file"
-    )
+    clip = "text encoder from the file" if has_clip else "no text encoder in the file"
     return f"{os.path.basename(path)} on {workers}: {placement.config}\n{vae}, {clip}"
 
 

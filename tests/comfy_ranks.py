@@ -518,3 +518,24 @@ def slab_error(path, kind, blind):
     apart = (part - whole.narrow(slabs.dim, size * group.rank, size)).abs().max() / whole.abs().max()
     torch.distributed.all_reduce(apart, torch.distributed.ReduceOp.MAX)
     return float(apart)
+
+
+def decode_cost(path, kind, shape):
+    """(operations on numbers, most bytes of tensors at once, bytes of the answer) of this rank's part of a decode."""
+    from comfy_models import set_up_comfyui, video_vae_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    set_up_comfyui(path)
+    from rayltx.cli.bench.live_tensors import LiveTensors
+    from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs, decode_slab
+
+    world = torch.distributed.get_world_size()
+    group = SequenceParallelGroup.create(ParallelConfig(world, 1))
+    model = video_vae_model(kind)
+    latent = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with FlopCounterMode(display=False) as flops, LiveTensors() as live:
+        if world == 1:
+            out = model.decode(latent)
+        else:
+            out = decode_slab(model, latent, Slabs.of(model, shape, group), group)
+    return flops.get_total_flops(), live.peak_bytes, out.nbytes

@@ -1,15 +1,20 @@
-"""What else is in a one-file checkpoint: the text encoder and the VAE, as ComfyUI's own loader gives them."""
+"""What else is in a one-file checkpoint: the text encoder, as ComfyUI's own loader gives it, and the VAE, on the workers."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import comfy.sd
 import folder_paths
 
+from rayltx.comfy_dist.comfy_types import VAE
 from rayltx.comfy_dist.main_process.loaded_models import FileState
+from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.ray_values import load_vae
 from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
+from rayltx.diffusion_models.lightricks.vae_checkpoint import VIDEO, holds_vae
 from rayltx.errors import AbsentPartError, InputError
 from rayltx.expansion.comfyui_gguf.checkpoint import GGUFCheckpoint, open_model_file
 
@@ -36,20 +41,25 @@ class CheckpointParts:
 
     source: FileState
     clip: Any  # ComfyUI's CLIP; None where the file has none
-    vae: Any  # ComfyUI's VAE, which raises when it is used if the file has none; None where it was not asked for
 
     @classmethod
-    def of(cls, path: str, with_vae: bool = True) -> CheckpointParts:
-        """Load them. The transformer's weights are not touched."""
-        _, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-            path, output_vae=with_vae, output_clip=True, output_model=False,
+    def of(cls, path: str) -> CheckpointParts:
+        """Load them. The weights of the transformer and the VAE are not touched."""
+        _, clip, _, _ = comfy.sd.load_checkpoint_guess_config(
+            path, output_vae=False, output_clip=True, output_model=False,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )  # fmt: skip
-        return cls(FileState.of(path), clip, vae)
+        return cls(FileState.of(path), clip)
 
-    @property
-    def has_vae(self) -> bool:
-        return self.vae is not None and self.vae.first_stage_model is not None
+
+def vae_of(path: str, placement: Placement, node: object, remedy: str) -> VAE:
+    """The VAE of a checkpoint, on the workers; one that raises when it is used where the file has none.
+
+    node: keeps it. remedy: what to do then, for the message.
+    """
+    if holds_vae(path):
+        return load_vae(path, VIDEO, placement.request, node)
+    return AbsentVAE(f"{os.path.basename(path)} holds no VAE: {remedy}")
 
 
 class AbsentVAE:

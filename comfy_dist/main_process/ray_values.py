@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 import comfy.utils
 
-from rayltx.comfy_dist.comfy_types import Guider, Model
+from rayltx.comfy_dist.comfy_types import VAE, Guider, Model
 from rayltx.comfy_dist.main_process.loaded_models import Kept, loaded_models
 from rayltx.comfy_dist.main_process.lora_files import LoraFile
 from rayltx.comfy_dist.main_process.loras import with_loras
 from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.remote_vae import KeptVAE, get_vae
 from rayltx.comfy_dist.main_process.twin import LoadOptions, TwinPatcher
+from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.request import ClusterRequest
+from rayltx.distributed_worker.weight_sharing import Progress
+from rayltx.errors import InputError
 
 _PROGRESS_STEPS = 100
 
@@ -41,6 +46,33 @@ def kept_by(node: object) -> Kept:
     return node.__dict__.setdefault("_rayltx_kept", Kept())
 
 
+def request_of(ray_actors: RayActors | None, placement: Placement | None = None) -> ClusterRequest:
+    """The workers of a RAY_ACTORS, or of a RAY_ACTORS_INIT; else those that run. Raises InputError if none do."""
+    if ray_actors is not None:
+        return ray_actors.model.placement.request
+    if placement is not None:
+        return placement.request
+    current = Cluster.current()
+    if current is None or not current.is_alive():
+        raise InputError(
+            "no workers run that could take the VAE: connect ray_actors with a Ray loader, or ray_actors_init with Ray Init Actor"
+        )
+    return current.request
+
+
+def load_vae(path: str, part: str, request: ClusterRequest, node: object) -> VAE:
+    """Load a VAE on the workers. Shows progress, and can be cancelled there. part: see `open_vae`. node: keeps it."""
+    kept = node.__dict__.setdefault("_rayltx_kept_vae", KeptVAE())
+    return get_vae(path, part, request, kept, _progress_on(comfy.utils.ProgressBar(_PROGRESS_STEPS)))
+
+
+def _progress_on(bar: comfy.utils.ProgressBar) -> Progress:
+    def progress(done: int, total: int) -> None:
+        bar.update_absolute(_PROGRESS_STEPS * done // total, _PROGRESS_STEPS)
+
+    return progress
+
+
 def load_actors(
     path: str, placement: Placement, loras: Sequence[LoraFile], max_vram_gb: float, kept: Kept, **options: str
 ) -> RayActors:
@@ -50,10 +82,6 @@ def load_actors(
     options: the fields of `LoadOptions`.
     """
     placement = dataclasses.replace(placement, weight_budget=int(max_vram_gb * 2**30))
-    bar = comfy.utils.ProgressBar(_PROGRESS_STEPS)
-
-    def progress(done: int, total: int) -> None:
-        bar.update_absolute(_PROGRESS_STEPS * done // total, _PROGRESS_STEPS)
-
+    progress = _progress_on(comfy.utils.ProgressBar(_PROGRESS_STEPS))
     model = loaded_models.get(path, placement, LoadOptions(**options), kept, progress)
     return RayActors(with_loras(model, loras))

@@ -98,6 +98,9 @@ class VAEMemory:
         self.loaded = False
         self._other_devices = OtherDevices(self)
 
+    def __deepcopy__(self, memo: object) -> VAEMemory:
+        return self
+
     def begin_use(self) -> None:
         """The workers bring the weights to their devices when they are asked."""
         self.loaded = True
@@ -217,9 +220,14 @@ def load_vae(checkpoint: Checkpoint, request: ClusterRequest, progress: Progress
     """
     check_version()
     check_names()
-    with torch.inference_mode(), without_dynamic_vram():
-        tensors = header_of(checkpoint)
-        vae = build_vae(tensors, checkpoint.metadata)
+    tensors = header_of(checkpoint)
+    try:
+        with torch.inference_mode(), without_dynamic_vram():
+            vae = build_vae(tensors, checkpoint.metadata)
+    except RuntimeError as error:  # what torch says of parameters with other shapes
+        raise CheckpointError(
+            f"{checkpoint.path}: its VAE has other tensors than its `config` metadata say, or none of that: {error}"
+        ) from error
     model: VAEModel = vae.first_stage_model
     if model is None or not type(model).__module__.startswith("comfy.ldm.lightricks."):
         found = "no VAE that it knows" if model is None else type(model).__name__
@@ -246,14 +254,23 @@ def load_vae(checkpoint: Checkpoint, request: ClusterRequest, progress: Progress
         "%s, VAE (%s): %.2f GiB on %d workers in %.1f s", os.path.basename(checkpoint.path), type(model).__name__,
         remote.source.weight_bytes / 2**30, request.workers, time.monotonic() - started,
     )  # fmt: skip
-    model.__class__ = _remote_class(type(model))
+    model_class: Any = type(model)
+    model.__class__ = _remote_class(model_class)
     link = VAELink(cluster, remote, vae)
     object.__setattr__(model, LINK, link)
+    _drop_values(model)
     mark_absent(model)
     vae.__class__ = RemoteVAE
     vae.patcher = VAEStandIn(model, VAEMemory(link), vae.device, comfy.model_management.vae_offload_device())
     release_with(link, link.held)
     return vae
+
+
+def _drop_values(model: nn.Module) -> None:
+    """Also of small parameters, which were read: those that count are the workers'. Buffers are for nodes that use them here."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
 
 def _loaded_names(tensors: dict[str, Tensor]) -> set[str]:

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -133,6 +132,7 @@ class _Cut:
     def __init__(self, slabs: Slabs, group: SequenceParallelGroup) -> None:
         self.dim, self._parts, self._group = slabs.dim, slabs.parts, group
         self._held = slabs.parts.sizes[group.rank]
+        self._shown = 0, 0  # places of neighbours' before and behind, in the attention that runs
 
     def whole(self, places: int) -> int:
         """How many places the whole picture has where this rank has so many."""
@@ -151,17 +151,15 @@ class _Cut:
                 if type(layer).__name__ == _CONVOLUTION:
                     forward = functools.partial(self._convolve, layer.forward, layer.conv.kernel_size[self.dim] // 2)
                     scope.enter_context(replaced(layer, "forward", forward))
+                elif type(layer).__name__ == _ATTENTION:
+                    forward = functools.partial(self._attend, layer.forward, layer.kernel_size[self.dim] // 2)
+                    scope.enter_context(replaced(layer, "forward", forward))
             if hasattr(module, "get_max_chunk_size"):
                 largest = functools.partial(self._largest_chunk, module.get_max_chunk_size)
                 scope.enter_context(replaced(module, "get_max_chunk_size", largest))
             if hasattr(module, "_rope_tables"):
                 positions = functools.partial(self._positions, getattr(module, "_rope_tables"))  # noqa: B009  # ComfyUI's own name
                 scope.enter_context(replaced(module, "_rope_tables", positions))
-                kernels = module.comfy_kitchen
-                attend = functools.partial(self._attend, kernels.na3d)
-                scope.enter_context(
-                    replaced(module, "comfy_kitchen", SimpleNamespace(**{**vars(kernels), "na3d": attend}))
-                )
             yield
 
     def _convolve(self, forward: Callable[..., Tensor], width: int, x: Tensor, causal: bool = True) -> Tensor:
@@ -170,27 +168,30 @@ class _Cut:
         return forward(joined, causal=causal).narrow(self.dim, before, x.shape[self.dim])
 
     def _attend(
-        self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, window: Sequence[int], *args: Any
+        self,
+        forward: Callable[..., Tensor],
+        width: int,
+        x: Tensor,
+        pre: Callable[[Tensor], Tensor] | None = None,
+        add_to: Tensor | None = None,
     ) -> Tensor:
-        """q, k, v: (B, T, H, W, heads, head width)."""
+        """x: (B, T, H, W, channels). Neighbours' places attend as well, to what is here of their windows, and are cut off."""
         self._group.at_block()
-        dim = self.dim + 4  # counted from the front, where two more follow
-        held, width = q.shape[dim], window[self.dim] // 2
-        keys_and_values, before = with_borders(torch.stack([k, v]), dim + 1, width, self._group)
-        k, v = keys_and_values.unbind()
-        # Queries stand where their keys do: those of the neighbours' places are any, and so are their answers.
-        padded = torch.zeros_like(k)
-        padded.narrow(dim, before, held).copy_(q)
-        return attend(padded, k, v, window, *args).narrow(dim, before, held)
+        dim, held = self.dim - 1, x.shape[self.dim - 1]
+        joined, before = with_borders(x, dim, width, self._group)
+        self._shown = before, joined.shape[dim] - held - before
+        out = forward(joined, pre=pre).narrow(dim, before, held)
+        return out if add_to is None else add_to.add_(out)
 
     def _positions(
         self, tables: Callable[..., list[tuple[Tensor, Tensor]]], lengths: Sequence[int], *args: Any
     ) -> list[tuple[Tensor, Tensor]]:
-        places = lengths[self.dim]
+        before, behind = self._shown
+        places = lengths[self.dim] - before - behind
         whole = list(lengths)
         whole[self.dim] = self.whole(places)
         found = list(tables(tuple(whole), *args))
-        here = slice(self.start(places), self.start(places) + places)
+        here = slice(self.start(places) - before, self.start(places) + places + behind)
         found[self.dim] = tuple(table[here] for table in found[self.dim])  # type: ignore[assignment]
         return found
 
@@ -233,4 +234,5 @@ class _WholeNoise(TorchFunctionMode):
         dim, places = self._cut.dim, shape[self._cut.dim]
         whole = [*shape]
         whole[dim] = self._cut.whole(places)
-        return draw(whole, **kwargs).narrow(dim, self._cut.start(places), places)
+        # A copy, so that the whole does not stay for the part.
+        return draw(whole, **kwargs).narrow(dim, self._cut.start(places), places).clone()

@@ -35,11 +35,7 @@ def open_vae(path: str | os.PathLike[str], part: str = ANY) -> Checkpoint:
             metadata, found = dict(file.metadata()), file.described()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {damage_of(error)}") from error
-    prefix, names = "", list[str]()
-    if part in (ANY, VIDEO):
-        prefix, names = _video_names(found)
-    if not names and part in (ANY, AUDIO):
-        prefix, names = "", [name for name in found if name.startswith(_AUDIO_PREFIXES)]
+    prefix, names = _names(found, part)
     if not names:
         shown = ", ".join(sorted(found)[:3]) or "none"
         kind = {ANY: "VAE", VIDEO: "VAE of video", AUDIO: "VAE of sound"}[part]
@@ -51,6 +47,23 @@ def open_vae(path: str | os.PathLike[str], part: str = ANY) -> Checkpoint:
             raise CheckpointError(f"{path}: tensor {name} has the dtype {dtype}, which is not known here")
         tensors[name.removeprefix(prefix)] = TensorInfo(SAFETENSORS_DTYPES[dtype], shape)
     return Checkpoint(str(path.resolve()), prefix, tensors, metadata, read_config(path, metadata), stamp)
+
+
+def holds_vae(path: str | os.PathLike[str], part: str = VIDEO) -> bool:
+    """Whether there is one in a file. False also for what is no safetensors file."""
+    try:
+        with open_safetensors(path) as file:
+            return bool(_names(file.described(), part)[1])
+    except (SafetensorError, OSError):
+        return False
+
+
+def _names(found: Collection[str], part: str) -> tuple[str, list[str]]:
+    """The prefix of a VAE's tensors in a file, and their names there."""
+    prefix, names = _video_names(found) if part in (ANY, VIDEO) else ("", [])
+    if not names and part in (ANY, AUDIO):
+        return "", [name for name in found if name.startswith(_AUDIO_PREFIXES)]
+    return prefix, names
 
 
 def _video_names(found: Collection[str]) -> tuple[str, list[str]]:
