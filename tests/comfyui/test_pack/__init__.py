@@ -77,6 +77,10 @@ def save(latent, name):
     return {"ui": {"tests_name": [name]}}
 
 
+def save_image(image, name):
+    return save({"samples": image.contiguous()}, name)
+
+
 NODE_CLASS_MAPPINGS = {
     "TestConditioning": _node(
         {"seed": _int(), "width": _int(), "masked": ("INT", {"default": 3, "min": -1})}, ("CONDITIONING",), conditioning
@@ -91,5 +95,6 @@ NODE_CLASS_MAPPINGS = {
     "TestSound": _node({"seconds": _int(1)}, ("AUDIO",), sound),
     "TestVAE": _node({}, ("VAE",), lambda: (scenarios.LinearVAE(),)),
     "TestSigmas": _node({"text": ("STRING",)}, ("SIGMAS",), sigmas),
+    "TestSaveImage": _node({"image": ("IMAGE",), "name": ("STRING",)}, (), save_image, output_node=True),
     "TestSave": _node({"latent": ("LATENT",), "name": ("STRING",)}, (), save, output_node=True),
 }
