@@ -58,6 +58,7 @@ class Spread(Generic[_Result]):
                 elif self._under_way:
                     self._take_answers()
                 else:
+                    assert not self._again and not self._done, "calls without an answer"
                     return
         finally:
             if self._under_way:
@@ -67,41 +68,44 @@ class Spread(Generic[_Result]):
     def _give_work(self) -> None:
         ranks = self._group.all_ranks
         for rank in ranks:
-            # What is done and waits for its turn takes memory.
-            if rank in self._under_way or len(self._done) > len(ranks):
+            if rank in self._under_way:
                 continue
-            found = self._again.popleft() if self._again else next(self._calls, None)
-            if found is None:
+            if self._again:
+                number, call = self._again.popleft()
+            # What is done and waits for its turn takes memory.
+            elif len(self._done) > len(ranks) or (found := next(self._calls, None)) is None:
                 return
-            number, call = found
+            else:
+                number, call = found
             self._under_way[rank] = _UnderWay(number, call, self._group.start(rank, call), time.monotonic())
 
     def _take_answers(self) -> None:
         """Wait until at least one has come, or until it is time to look whether someone wants an end."""
-        finished = self._group.wait([each.answer for each in self._under_way.values()], POLL_S)
-        now = time.monotonic()
-        for rank, each in list(self._under_way.items()):
-            silent = now - each.since > self._timeout_s
-            if each.answer in finished or silent:
-                del self._under_way[rank]
-                self._take(rank, each)
+        self._group.wait([each.answer for each in self._under_way.values()], POLL_S)
+        error = self._take_those_that_ended()
+        if error is not None:
+            self._mend(error)
         self._group.poll()
 
-    def _take(self, rank: int, each: _UnderWay) -> None:
-        error = self._take_or_ask_again(rank, each)
-        if error is None:
-            return
+    def _take_those_that_ended(self) -> ClusterError | None:
+        """Returns why a worker is gone, if one is."""
+        error = None
+        for rank, each in list(self._under_way.items()):
+            if each.answer.is_done or time.monotonic() - each.since > self._timeout_s:
+                del self._under_way[rank]
+                error = self._take_or_ask_again(rank, each) or error
+        return error
+
+    def _mend(self, error: ClusterError) -> None:
+        """Have a worker that is gone replaced, after the others have answered: who is at work is not to be taken for dead."""
+        self._group.note_broken()
+        while self._under_way:
+            self._group.wait([each.answer for each in self._under_way.values()], POLL_S)
+            self._take_those_that_ended()
+            self._group.poll()
         if not self._repeats:
             raise error
         self._repeats -= 1
-        self._group.note_broken()
-        # The others are not to be taken for dead while they work on what they were asked.
-        while self._under_way:
-            rank, each = self._under_way.popitem()
-            while not each.answer.is_done and time.monotonic() - each.since <= self._timeout_s:
-                self._group.wait([each.answer], POLL_S)
-                self._group.poll()
-            self._take_or_ask_again(rank, each)
         self._group.ensure_whole()
 
     def _take_or_ask_again(self, rank: int, each: _UnderWay) -> ClusterError | None:

@@ -18,6 +18,13 @@ from rayltx.errors import InputError
 class FailingHost(DiffusersHost):
     """Takes one more input, `fail`: (kind, rank, path). It fails once, and leaves a file at the path."""
 
+    @individual
+    def doubled(self, tensor, seconds):
+        if tensor is None:
+            raise RuntimeError("no number")
+        time.sleep(seconds)
+        return 2 * tensor
+
     def forward(self, group, inputs):
         inputs = dict(inputs)
         kind, rank, path = inputs.pop("fail", (None, None, None))
