@@ -35,6 +35,8 @@ class VAECall:
     settings: Mapping[str, object] = field(default_factory=dict)  # attributes of the model that nodes set
     options: Mapping[str, Any] = field(default_factory=dict)  # further arguments
     random_state: Tensor | None = None  # of the device's generator, before the call; None: nothing is drawn from it
+    # That go through the decoder at once: with each chunk some decoders draw noise. None: by the worker's own memory.
+    chunk_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class VAEHost(Host, Protocol):
     @individual
     def draws(self, call: VAECall) -> list[tuple[int, ...]]:
         """The shapes of the noise that decoding this would draw from the device's generator, in their order."""
+        ...
+
+    @individual
+    def rest(self) -> None:
+        """The last of some calls is over: give back what they took, and the answer to the last one."""
         ...
 
     @individual

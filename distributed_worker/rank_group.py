@@ -60,7 +60,10 @@ class _CallsUnderWay:
     num_ranks: int  # of the group for a collective call, else of all workers
     is_collective: bool
     control: StepControl | None = None  # of those that are under way together
-    is_watched: bool = False  # whether blocks tell how they get on
+    is_watched: bool = False  # whether blocks tell how they get on,
+    block_s: float = (
+        0.0  # and within what time at least no rank is taken for stuck in one; the request's limit where that is more
+    )
 
 
 class RankGroup:
@@ -175,18 +178,22 @@ class RankGroup:
         timeout_s: float | None = None,
         control: StepControl | None = None,
         is_watched: bool = False,
+        block_s: float = 0.0,
     ) -> dict[int, _Result]:
         """Have ranks run a call each, and wait. Returns what each gave, by rank.
 
         what: the work, for messages. timeout_s: None stands for the request's limit of a call. control: which the calls have,
-        too. is_watched: whether a rank that enters no block is stuck.
+        too. is_watched: whether a rank that enters no block is stuck; block_s: see `_CallsUnderWay`.
         Raises as `outcomes.results`; after RanksDisagree, WorkerDied and WorkerStuck the group has to be mended.
         """
         is_collective = any(call.kind is CallKind.COLLECTIVE for call in calls.values())
         answers = {rank: self.start(rank, call) for rank, call in calls.items()}
         num_ranks = len(calls) if is_collective else self._request.workers
         timeout_s = self._request.call_timeout_s if timeout_s is None else timeout_s
-        return self._collect(_CallsUnderWay(answers, what, timeout_s, num_ranks, is_collective, control, is_watched))
+        calls_under_way = _CallsUnderWay(
+            answers, what, timeout_s, num_ranks, is_collective, control, is_watched, block_s
+        )
+        return self._collect(calls_under_way)
 
     def run_on(self, ranks: Sequence[int], call: Call[Worker, _Result], what: str) -> dict[int, _Result]:
         """`run` with the same call for some ranks."""
@@ -258,7 +265,8 @@ class RankGroup:
     def _progress_of(self, calls: _CallsUnderWay) -> Progress | None:
         if calls.control is None or not calls.is_watched:
             return None
-        return Progress(calls.control, self._request.block_timeout_s, self._request.call_timeout_s)
+        least_s = max(self._request.block_timeout_s, calls.block_s)
+        return Progress(calls.control, least_s, self._request.call_timeout_s)
 
     def _log_stacks(self, ranks: Collection[int]) -> None:
         """Write to the log what ranks are doing, as far as they can say it still."""

@@ -142,8 +142,18 @@ class RemoteModel:
     def forward_on_each(
         self, inputs: object, config: ParallelConfig, what: str = "the step", poll: Callable[[], None] | None = None
     ) -> list[Any]:
-        """`forward`, of a host each of whose ranks has a part of the answer. Returns the parts, by rank."""
-        answers = self._together(ask_together(Host.forward, inputs), config, what, poll=poll, from_all=True)
+        """`forward`, of a host whose ranks have a part of the answer each, and whose blocks are not alike. Returns the parts.
+
+        A rank may stay in a block for as long as the request's limit of a call says.
+        """
+        answers = self._together(
+            ask_together(Host.forward, inputs),
+            config,
+            what,
+            poll=poll,
+            from_all=True,
+            block_s=self._group.request.call_timeout_s,
+        )
         return [unpack(answers[rank]) for rank in range(config.world_size)]
 
     def _together(
@@ -156,6 +166,7 @@ class RemoteModel:
         repeats: int = 2,
         again: tuple[type[ClusterError], ...] = (ClusterError,),
         from_all: bool = False,
+        block_s: float = 0.0,
     ) -> dict[int, Message]:
         group = self._group
         # A rank may stay in one block for as long as a block's limit says.
@@ -172,7 +183,7 @@ class RemoteModel:
                 return group.run(calls, what, limit_s, control)
             kind = config, _shapes_of(worker_call)
             control.usual_s = self._usual_s if kind == self._usual_kind else 0.0
-            answers = group.run(calls, what, limit_s, control, is_watched=True)
+            answers = group.run(calls, what, limit_s, control, is_watched=True, block_s=block_s)
             self._usual_kind, self._usual_s = kind, control.usual_s
             return answers
 
@@ -202,7 +213,7 @@ class RemoteModel:
         A call may take as long as a step. Raises as `Spread`.
         """
         self._check_not_lost()
-        on_workers = (self._on_worker(call, self._sending.of_steps) for call in calls)
+        on_workers = (self._on_worker(call, self._sending.of_setups) for call in calls)  # none of which is sent again
         with self._group.polling(poll):
             yield from Spread(self._group, on_workers, what, self._group.request.step_timeout_s)
 

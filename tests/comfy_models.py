@@ -26,6 +26,7 @@ VERSIONS = ["LTX-2.3", *slow("LTX-Video", "LTX-2", "LTX-2.5")]
 
 # A VAE of LTX's kind, with few channels: 8 x 32 x 32 pixels a latent, as all of them.
 _RES = ["res_x", {"num_layers": 1, "inject_noise": False}]
+_NOISY_RES = ["res_x", {"num_layers": 1, "inject_noise": True}]
 _UP = ["compress_all", {"residual": True, "multiplier": 2}]
 VAE_CONFIG = {
     "_class_name": "CausalVideoAutoencoder", "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128,
@@ -81,7 +82,7 @@ _SOUND_CONFIG = {
 }
 NOISY_CONFIG = {  # as of LTX-Video 0.9.1 to 0.9.8, which draw noise while they decode
     **VAE_CONFIG, "timestep_conditioning": True, "spatial_padding_mode": "reflect",
-    "decoder_blocks": [["res_x", {"num_layers": 1, "inject_noise": True}], *VAE_CONFIG["decoder_blocks"][1:]],
+    "decoder_blocks": [_NOISY_RES, _UP, _UP, _UP, _NOISY_RES],
 }  # fmt: skip
 VIDEO_VAES = {"convolutions": VAE_CONFIG, "convolutions with noise": NOISY_CONFIG, "diffusion": _DIFFUSION_CONFIG}
 
@@ -100,6 +101,10 @@ def video_vae_model(kind: str) -> torch.nn.Module:
     with torch.no_grad():
         last = model.decoder.conv_out if kind == "diffusion" else model.decoder.conv_out.conv
         last.weight.mul_(0.02)  # most pixels are within their bounds then, where differences show
+        for layer in model.decoder.modules():
+            if getattr(layer, "inject_noise", False):  # so that it is not drowned
+                layer.per_channel_scale1.mul_(20)
+                layer.per_channel_scale2.mul_(20)
     generator = torch.Generator().manual_seed(1)
     statistics = model.per_channel_statistics
     statistics.register_buffer("std-of-means", 0.5 + torch.rand(128, generator=generator))

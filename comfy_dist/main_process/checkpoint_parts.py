@@ -12,7 +12,7 @@ import folder_paths
 from rayltx.comfy_dist.comfy_types import VAE
 from rayltx.comfy_dist.main_process.loaded_models import FileState
 from rayltx.comfy_dist.main_process.placement import Placement
-from rayltx.comfy_dist.main_process.ray_values import load_vae
+from rayltx.comfy_dist.main_process.ray_values import let_go_of_vae, load_vae
 from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
 from rayltx.diffusion_models.lightricks.vae_checkpoint import VIDEO, holds_vae
 from rayltx.errors import AbsentPartError, InputError
@@ -59,6 +59,7 @@ def vae_of(path: str, placement: Placement, node: object, remedy: str) -> VAE:
     """
     if holds_vae(path):
         return load_vae(path, VIDEO, placement.request, node)
+    let_go_of_vae(node)
     return AbsentVAE(f"{os.path.basename(path)} holds no VAE: {remedy}")
 
 

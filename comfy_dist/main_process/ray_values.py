@@ -21,6 +21,7 @@ from rayltx.distributed_worker.weight_sharing import Progress
 from rayltx.errors import InputError
 
 _PROGRESS_STEPS = 100
+_KEPT_VAE = "_rayltx_kept_vae"  # of a node
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,13 @@ def request_of(ray_actors: RayActors | None, placement: Placement | None = None)
 
 def load_vae(path: str, part: str, request: ClusterRequest, node: object) -> VAE:
     """Load a VAE on the workers. Shows progress, and can be cancelled there. part: see `open_vae`. node: keeps it."""
-    kept = node.__dict__.setdefault("_rayltx_kept_vae", KeptVAE())
+    kept = node.__dict__.setdefault(_KEPT_VAE, KeptVAE())
     return get_vae(path, part, request, kept, _progress_on(comfy.utils.ProgressBar(_PROGRESS_STEPS)))
+
+
+def let_go_of_vae(node: object) -> None:
+    """A node has none any more."""
+    node.__dict__.pop(_KEPT_VAE, None)
 
 
 def _progress_on(bar: comfy.utils.ProgressBar) -> Progress:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import time
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_management
 import comfy.model_patcher
@@ -48,11 +49,15 @@ logger = logging.getLogger(__name__)
 def _remote_class(model_class: Any) -> Any:
     """The class of a VAE's model, run by the workers."""
 
+    names = list(inspect.signature(model_class.encode).parameters)[2:]
+
     class RemoteVAEModel(model_class):
         def decode(self, x: Tensor, output_buffer: Tensor | None = None, **options: Any) -> Tensor:
             return getattr(self, LINK).decode(self, x, output_buffer, options)
 
-        def encode(self, x: Tensor, device: object = None, **options: Any) -> Tensor:
+        def encode(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+            options = {**dict(zip(names, args)), **options}
+            options.pop("device", None)  # the workers have their own
             return getattr(self, LINK).encode(self, x, options)
 
     RemoteVAEModel.__name__ = RemoteVAEModel.__qualname__ = model_class.__name__
@@ -128,6 +133,7 @@ class VAEMemory:
 
     def free_bytes(self) -> int:
         """Of the device that has least."""
+        self._link.ensure_loaded()
         return min(self._link.remote.call(ask(VAEHost.free_bytes), "measuring").values())
 
     def _rank_on(self, device: torch.device) -> int | None:
@@ -140,6 +146,15 @@ class VAEStandIn(comfy.model_patcher.ModelPatcher):
     def __init__(self, model: nn.Module, memory: VAEMemory, device: torch.device, offload_device: torch.device) -> None:
         super().__init__(model, load_device=device, offload_device=offload_device)
         self._memory = memory
+
+    def clone(self, *args: object, **kwargs: object) -> VAEStandIn:
+        clone = VAEStandIn(self.model, self._memory, self.load_device, self.offload_device)
+        clone.patches = {key: [*patches] for key, patches in self.patches.items()}
+        clone.object_patches = dict(self.object_patches)
+        return clone
+
+    def deepclone_multigpu(self, *args: object, **kwargs: object) -> NoReturn:
+        raise UnsupportedError("this VAE is on all Ray workers already: remove the node that puts it on another GPU")
 
     def model_size(self) -> int:
         return self._memory.device_bytes(self.load_device)
@@ -157,6 +172,11 @@ class VAEStandIn(comfy.model_patcher.ModelPatcher):
         return 0, 0
 
     def partially_load(self, device_to: object, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+        if self.patches or self.object_patches:
+            raise UnsupportedError(
+                "a node has patched this VAE, which is with the Ray workers: it would have no effect; use ComfyUI's own Load VAE "
+                "for this graph"
+            )
         self._memory.begin_use()
         return self.loaded_size()
 
@@ -185,8 +205,9 @@ class KeptVAE:
     vae: VAE = None
 
 
-# By what was loaded: the file, and the tensors of it.
-_living: weakref.WeakValueDictionary[tuple[FileState, tuple[str, ...]], RemoteVAE] = weakref.WeakValueDictionary()
+# The workers' by what was loaded: the file, and the tensors of it. Each node has a VAE of its own on them, as in ComfyUI, where
+# nodes set things on a VAE's model.
+_living: weakref.WeakValueDictionary[tuple[FileState, tuple[str, ...]], VAELink] = weakref.WeakValueDictionary()
 
 
 def get_vae(
@@ -194,30 +215,29 @@ def get_vae(
 ) -> VAE:
     """A VAE of a file on the workers, which is loaded if it is not. kept: what the node has of its last run.
 
-    part: see `open_vae`. Raises as `load_vae`.
+    part: see `open_vae`. Raises CheckpointError and UnsupportedError before any worker is asked.
     """
     checkpoint = open_vae(path, part)
     source = FileState.of(path), tuple(checkpoint.tensors)
-    vae = _living.get(source)
-    if vae is None:
-        if kept is not None:
-            kept.vae = None
+    vae = _without_weights(checkpoint)
+    link = _living.get(source)
+    if kept is not None:
+        kept.vae = None
+    if link is None:
         wait_for_releases()
-        vae = load_vae(checkpoint, request, progress)
-        _living[source] = vae
+        link = _load(checkpoint, vae, request, progress)
+        _living[source] = link
     else:
         Cluster.start(request)
-        getattr(vae.first_stage_model, LINK).ensure_loaded()
+        link.ensure_loaded()
+    _connect(vae, link)
     if kept is not None:
         kept.vae = vae
     return vae
 
 
-def load_vae(checkpoint: Checkpoint, request: ClusterRequest, progress: Progress | None = None) -> VAE:
-    """Load a VAE on the workers, which are started if they do not run, and make the one that stands for it.
-
-    Raises CheckpointError and UnsupportedError before any worker is asked.
-    """
+def _without_weights(checkpoint: Checkpoint) -> VAE:
+    """ComfyUI's VAE of a file, whose model has no weights."""
     check_version()
     check_names()
     tensors = header_of(checkpoint)
@@ -240,6 +260,11 @@ def load_vae(checkpoint: Checkpoint, request: ClusterRequest, progress: Progress
         raise CheckpointError(
             f"{checkpoint.path}: {len(absent)} parameters of the VAE are missing ({listed(absent, most=3)}); download it again"
         )
+    return vae
+
+
+def _load(checkpoint: Checkpoint, vae: VAE, request: ClusterRequest, progress: Progress | None) -> VAELink:
+    """Load a file's VAE on the workers, which are started if they do not run."""
     dtypes = {
         name: vae.vae_dtype
         for name, info in checkpoint.tensors.items()
@@ -251,19 +276,25 @@ def load_vae(checkpoint: Checkpoint, request: ClusterRequest, progress: Progress
         spec = VAESpec(checkpoint.metadata, vae.vae_dtype)
         remote = cluster.load(checkpoint, spec, VAE_HOST, dtypes, progress, keeps_host_copy=True)
     logger.info(
-        "%s, VAE (%s): %.2f GiB on %d workers in %.1f s", os.path.basename(checkpoint.path), type(model).__name__,
-        remote.source.weight_bytes / 2**30, request.workers, time.monotonic() - started,
+        "%s, VAE (%s): %.2f GiB on %d workers in %.1f s", os.path.basename(checkpoint.path),
+        type(vae.first_stage_model).__name__, remote.source.weight_bytes / 2**30, request.workers,
+        time.monotonic() - started,
     )  # fmt: skip
+    link = VAELink(cluster, remote, vae)
+    release_with(link, link.held)
+    return link
+
+
+def _connect(vae: VAE, link: VAELink) -> None:
+    """Have a VAE without weights run by the workers."""
+    model = vae.first_stage_model
     model_class: Any = type(model)
     model.__class__ = _remote_class(model_class)
-    link = VAELink(cluster, remote, vae)
     object.__setattr__(model, LINK, link)
     _drop_values(model)
     mark_absent(model)
     vae.__class__ = RemoteVAE
     vae.patcher = VAEStandIn(model, VAEMemory(link), vae.device, comfy.model_management.vae_offload_device())
-    release_with(link, link.held)
-    return vae
 
 
 def _drop_values(model: nn.Module) -> None:

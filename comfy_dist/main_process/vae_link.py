@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import logging
@@ -19,12 +20,12 @@ from rayltx.comfy_dist.comfy_types import VAE, VAEModel
 from rayltx.comfy_dist.main_process.worker_link import raise_if_cancelled
 from rayltx.comfy_dist.random_states import random_state, set_random_state
 from rayltx.comfy_dist.vae_host import Slab, VAECall, VAEHost
-from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs
+from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs, module_of
 from rayltx.diffusion_models.lightricks.comfyui_host import replaced
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import Call, ask, ask_together
-from rayltx.errors import ClusterError, OutOfMemory, UnsupportedError, first_line
+from rayltx.errors import RANK_LOST, ClusterError, OutOfMemory, UnsupportedError, first_line
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _SETTING = (int, float, str)  # of what type an attribute of the model is that a node can set
-_TEST_LATENTS = (1, 2, 3, 4, 6)  # to a rank, of which the fewest are taken that a decoder can be cut into
 
 
 @dataclass
@@ -61,6 +61,7 @@ class VAELink:
         self._device, self._dtype, self._channels = vae.device, vae.vae_dtype, vae.latent_channels
         self._made_of = _modules_of(vae.first_stage_model)
         self._is_noisy = _draws_noise(vae.first_stage_model)
+        self._chunk_bytes = _chunk_bytes_on(vae.device, vae.first_stage_model) if self._is_noisy else None
         self._asking = False  # whether the model's calls are asked for, not answered
         self._tile: Tensor | None = None  # the next answer
         self._proved: dict[ParallelConfig, bool] = {}
@@ -104,7 +105,10 @@ class VAELink:
         elif self._asking:
             raise _Asked(ask(VAEHost.decode, self._call(model, x, options, draws=True)))
         else:
-            out = self._whole(model, x, output_buffer, options)
+            self.ensure_loaded()
+            with _as_comfyui_says_it("decoding"):
+                out = self._whole(model, x, output_buffer, options)
+            self._rest()
         if output_buffer is None or out is output_buffer:
             return out
         return output_buffer.copy_(out)
@@ -117,7 +121,15 @@ class VAELink:
         asked = ask(VAEHost.encode, self._call(model, x, options))
         if self._asking:
             raise _Asked(asked)
-        return self._on_one(asked, "encoding")
+        self.ensure_loaded()
+        with _as_comfyui_says_it("encoding"):
+            found = self._on_one(asked, "encoding")
+        self._rest()
+        return found
+
+    def _rest(self) -> None:
+        """What the workers gave is here: they keep what they shared until they are asked for something else."""
+        self.remote.tell(ask(VAEHost.rest))
 
     def _call(self, model: VAEModel, x: Tensor, options: Mapping[str, Any], draws: bool = False) -> VAECall:
         if _modules_of(model) != self._made_of:
@@ -125,20 +137,24 @@ class VAELink:
                 "a node has changed the modules of this VAE, which are with the Ray workers: it would have no effect; use "
                 "ComfyUI's own Load VAE for this graph"
             )
-        names = (name for name, value in vars(model).items() if isinstance(value, _SETTING) and name != "training")
-        settings = {name: getattr(model, name) for name in names if not name.startswith("_")}
-        call = VAECall(x, settings, options)
+        settings = _settings_of(model)
+        call = VAECall(x, settings, options, chunk_bytes=self._chunk_bytes)
+        if self._is_noisy and self._device.type != self.cluster.request.device:
+            raise UnsupportedError(
+                f"this VAE draws noise while it decodes, and ComfyUI's is that of {self._device.type}, which the workers on "
+                f"{self.cluster.request.device} do not have; use ComfyUI's own Load VAE for this graph"
+            )
         if not draws or not self._is_noisy:
             return call
         state = random_state(self._device)
         for shape in self._drawn_by(call):  # so that what comes next is drawn as if this had been decoded here
             torch.randn(shape, device=self._device, dtype=self._dtype)
-        return VAECall(x, settings, options, state)
+        return dataclasses.replace(call, random_state=state)
 
     def _drawn_by(self, call: VAECall) -> list[tuple[int, ...]]:
         key = (tuple(call.x.shape), *sorted(call.settings.items()))
         if key not in self._draws:
-            asked = ask(VAEHost.draws, VAECall(torch.empty_like(call.x, device="cpu"), call.settings, call.options))
+            asked = ask(VAEHost.draws, dataclasses.replace(call, x=torch.empty_like(call.x, device="cpu")))
             self._draws[key] = self.remote.call(asked, "counting noise", [0])[0]
         return self._draws[key]
 
@@ -146,48 +162,48 @@ class VAELink:
         return next(iter(self._spread([call], what)))
 
     def _spread(self, calls: Iterable[Call[VAEHost, Tensor]], what: str) -> Generator[Tensor, None, None]:
-        with _as_comfyui_says_it(what):
-            yield from self.remote.spread(calls, what, raise_if_cancelled)
+        yield from self.remote.spread(calls, what, raise_if_cancelled)
 
     # ---- a whole video
 
     def _whole(self, model: VAEModel, x: Tensor, output_buffer: Tensor | None, options: Mapping[str, Any]) -> Tensor:
         config = self._config
         slabs = Slabs.of(model, x.shape, SequenceParallelGroup(config.of_group(1), 0)) if x.ndim == 5 else "sound"
-        if not isinstance(slabs, str) and not self._proves(model, config):
-            slabs = "the workers' answer would be another than one's"
+        if self._device.type != self.cluster.request.device:
+            slabs = f"ComfyUI has the VAE on {self._device.type}, and the workers meet on {self.cluster.request.device}"
+        elif not isinstance(slabs, str) and not self._proves(model, config, max(x.shape[-2:])):
+            slabs = "decoding together was tried, and is not what one worker gives"
         if isinstance(slabs, str):
             if x.ndim == 5 and config.world_size > 1:
                 self._tell(f"the video is decoded by one worker: {slabs}")
             return self._on_one(ask(VAEHost.decode, self._call(model, x, options, draws=True)), "decoding")
         call = self._call(model, x, options)
         if self._is_noisy:
-            call = VAECall(call.x, call.settings, call.options, random_state(self._device))
+            call = dataclasses.replace(call, random_state=random_state(self._device))
         axis = "columns" if slabs.dim == -1 else "rows"
         self._tell(f"the video is decoded by {config.world_size} workers together, each with some of its {axis}")
-        with _as_comfyui_says_it("decoding"):
-            parts = self.remote.forward_on_each(call, config, "decoding", raise_if_cancelled)
+        parts = self.remote.forward_on_each(call, config, "decoding", raise_if_cancelled)
         state = parts[0][1]
         if state is not None:
             set_random_state(self._device, state)
         return _joined([slab for slab, _ in parts], output_buffer)
 
-    def _proves(self, model: VAEModel, config: ParallelConfig) -> bool:
-        """Whether the workers decode a small video together as one does alone."""
+    def _proves(self, model: VAEModel, config: ParallelConfig, most: int) -> bool:
+        """Whether the workers decode a small video together as one does alone. most: latents of a length that can be cut."""
         if config in self._proved:
             return self._proved[config]
         group = SequenceParallelGroup(config.of_group(1), 0)
-        shapes = [(1, self._channels, 2, 2, each * config.world_size) for each in _TEST_LATENTS]
+        shapes = [(1, self._channels, 2, 2, columns) for columns in range(config.world_size, most + 1)]
         shape = next(shape for shape in shapes if not isinstance(Slabs.of(model, shape, group), str))
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self._dtype)
         call = self._call(model, x, {})
         if self._is_noisy:
-            call = VAECall(call.x, call.settings, call.options, random_state(self._device))
+            call = dataclasses.replace(call, random_state=random_state(self._device))
         try:
             error, tolerance = self.remote.call_together(
                 ask_together(VAEHost.slab_test, call), config, "trying to decode together", poll=raise_if_cancelled
             )
-        except OutOfMemory:
+        except (OutOfMemory, *RANK_LOST):
             raise
         except ClusterError as failure:
             logger.warning("decoding together was tried, and failed: %s", first_line(failure))
@@ -233,6 +249,7 @@ class VAELink:
             asked = list(
                 asked
             )  # what they draw is asked of a worker, which has to be asked for nothing else at that time
+        self.ensure_loaded()
         answers = self._spread(asked, f"{len(places)} tiles")
 
         def answer(tile: Tensor) -> Tensor:
@@ -242,8 +259,10 @@ class VAELink:
             finally:
                 self._tile = None
 
-        with contextlib.closing(answers):
-            return scale(**{**arguments, "function": answer, "pbar": bar})
+        with contextlib.closing(answers), _as_comfyui_says_it("tiles"):
+            found = scale(**{**arguments, "function": answer, "pbar": bar})
+        self._rest()
+        return found
 
     def _asked_for(self, function: Callable[[Tensor], Tensor], tile: Tensor) -> Call[VAEHost, Tensor]:
         """What a function would ask the model for."""
@@ -258,14 +277,13 @@ class VAELink:
 
 
 def _joined(slabs: Sequence[Slab], output_buffer: Tensor | None) -> Tensor:
-    """The video of its parts, each of which is freed when it has been copied."""
-    first, parts = slabs[0], list(slabs)
+    """The video of its parts, copied to where it goes."""
+    first = slabs[0]
     if output_buffer is None:
         shape = list(first.pixels.shape)
         shape[first.dim] = sum(slab.pixels.shape[first.dim] for slab in slabs)
         output_buffer = first.pixels.new_empty(shape)
-    while parts:
-        slab = parts.pop()
+    for slab in slabs:
         output_buffer.narrow(slab.dim, slab.start, slab.pixels.shape[slab.dim]).copy_(slab.pixels)
     return output_buffer
 
@@ -312,9 +330,24 @@ def _draws_noise(model: VAEModel) -> bool:
     return decoder is not None and any(getattr(layer, "inject_noise", False) for layer in decoder.modules())
 
 
-def _modules_of(model: VAEModel) -> dict[str, tuple[type, bool]]:
-    """By which a change of the model's code is seen."""
-    return {name: (type(module), "forward" in vars(module)) for name, module in model.named_modules()}
+def _modules_of(model: VAEModel) -> dict[str, tuple[type, bool, tuple[tuple[str, object], ...]]]:
+    """By which a change of the model is seen: of its code, and of the settings of its parts. Its own are sent."""
+    return {
+        name: (type(module), "forward" in vars(module), tuple(sorted(_settings_of(module).items())))
+        for name, module in model.named_modules()
+        if name
+    }
+
+
+def _settings_of(module: torch.nn.Module) -> dict[str, object]:
+    found = {name: value for name, value in vars(module).items() if isinstance(value, _SETTING)}
+    return {name: value for name, value in found.items() if not name.startswith("_") and name != "training"}
+
+
+def _chunk_bytes_on(device: torch.device, model: VAEModel) -> int | None:
+    """What ComfyUI would take through the decoder at once, if it decoded on a device."""
+    largest = getattr(module_of(model.decoder), "get_max_chunk_size", None)
+    return None if largest is None else int(largest(device))
 
 
 def refuse_to_save() -> NoReturn:

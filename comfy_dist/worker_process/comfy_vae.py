@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,7 @@ from rayltx.comfy_dist.random_states import random_state, set_random_state
 from rayltx.comfy_dist.vae_building import build_vae
 from rayltx.comfy_dist.vae_host import Slab, VAECall, VAEHost, VAESpec
 from rayltx.comfy_dist.worker_process.shared_patcher import SharedWeightPatcher
-from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs, decode_slab, module_of
-from rayltx.diffusion_models.lightricks.comfyui_host import replaced
+from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs, chunks_of, decode_slab
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.messages import INLINE_BYTES
 from rayltx.errors import InputError
@@ -93,7 +91,7 @@ class ComfyVAE(VAEHost):
         apart = (part.pixels - alone.narrow(part.dim, part.start, part.pixels.shape[part.dim])).abs().max()
         error = apart.to(self._vae.device) / alone.abs().max().to(self._vae.device)
         torch.distributed.all_reduce(error, torch.distributed.ReduceOp.MAX, group.world)
-        return float(error), _TOLERANCE[self._vae.vae_dtype]
+        return float(error), _tolerance(self._vae.vae_dtype, self._vae.device)
 
     def decode(self, call: VAECall) -> Tensor:
         model = self._vae.first_stage_model
@@ -108,16 +106,15 @@ class ComfyVAE(VAEHost):
             return model.encode(self._placed(call.x), **call.options).cpu()
 
     def draws(self, call: VAECall) -> list[tuple[int, ...]]:
-        device = self._vae.device
-        model = copy.deepcopy(self._vae.first_stage_model).to("meta")
+        whole = self._vae.first_stage_model
+        # What deepcopy finds here it takes in place of a copy.
+        memo: dict[int, Any] = {
+            id(tensor): type(tensor)(torch.empty_like(tensor, device="meta"), False) for tensor in whole.parameters()
+        }
+        model = copy.deepcopy(whole, memo).to("meta")
         _set(model, call.settings)
-        module = module_of(model.decoder)
         found: list[tuple[int, ...]] = []
-        with torch.inference_mode(), contextlib.ExitStack() as scope:
-            if hasattr(module, "get_max_chunk_size"):  # by the device's memory
-                largest = functools.partial(lambda ask, *_: ask(device), module.get_max_chunk_size)
-                scope.enter_context(replaced(module, "get_max_chunk_size", largest))
-            scope.enter_context(_Drawn(found))
+        with torch.inference_mode(), chunks_of(model, call.chunk_bytes), _Drawn(found):
             options = dict(call.options)
             if getattr(model, "comfy_has_chunked_io", False):
                 options["output_buffer"] = torch.empty(model.decode_output_shape(call.x.shape), device="meta")
@@ -137,13 +134,14 @@ class ComfyVAE(VAEHost):
             _set(vae.first_stage_model, call.settings)
             if call.random_state is not None:
                 set_random_state(vae.device, call.random_state)
-            try:
+            with chunks_of(vae.first_stage_model, call.chunk_bytes):
                 yield
-            finally:
-                give_back_freed_memory()
-                management.soft_empty_cache()  # for what shares the card
 
     # ---- memory
+
+    def rest(self) -> None:
+        give_back_freed_memory()
+        management.soft_empty_cache()  # for what shares the card
 
     def unload(self) -> None:
         with torch.inference_mode():
@@ -158,6 +156,12 @@ class ComfyVAE(VAEHost):
 
     def free_bytes(self) -> int:
         return int(management.get_free_memory(self._vae.device))
+
+
+def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    if dtype is torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return _TOLERANCE[torch.float16]  # as many digits
+    return _TOLERANCE[dtype]
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -155,7 +154,7 @@ class _Cut:
                     forward = functools.partial(self._attend, layer.forward, layer.kernel_size[self.dim] // 2)
                     scope.enter_context(replaced(layer, "forward", forward))
             if hasattr(module, "get_max_chunk_size"):
-                largest = functools.partial(self._largest_chunk, module.get_max_chunk_size)
+                largest = functools.partial(self._chunk_bytes, module.get_max_chunk_size)
                 scope.enter_context(replaced(module, "get_max_chunk_size", largest))
             if hasattr(module, "_rope_tables"):
                 positions = functools.partial(self._positions, getattr(module, "_rope_tables"))  # noqa: B009  # ComfyUI's own name
@@ -195,15 +194,46 @@ class _Cut:
         found[self.dim] = tuple(table[here] for table in found[self.dim])  # type: ignore[assignment]
         return found
 
-    def _largest_chunk(self, largest: Callable[..., int], device: Any = None, **kwargs: Any) -> Fraction:
-        """This rank's share of the bytes that ComfyUI takes through the decoder at once, on the rank that has least.
-
-        So each makes as many chunks of its frames as all others, and they meet; and what a rank holds falls with the ranks.
-        """
+    def _chunk_bytes(self, largest: Callable[..., int], device: Any = None, **kwargs: Any) -> _ShareOfChunk:
+        """What ComfyUI takes of the whole picture through the decoder at once, on the rank that has least memory."""
         own = torch.tensor(largest(device, **kwargs), dtype=torch.int64, device=device)
         dist.all_reduce(own, dist.ReduceOp.MIN, self._group.world)
-        agreed = max(_CHUNK_BYTES, int(own) // _CHUNK_BYTES * _CHUNK_BYTES)
-        return Fraction(agreed * self._held, self._parts.total)
+        return _ShareOfChunk(int(own), self)
+
+
+class _ShareOfChunk:
+    """In the place of a chunk's bytes. Each rank makes as many chunks of its frames as one would of the whole picture's.
+
+    So the ranks meet, and what a rank holds falls with their number. ComfyUI asks `(bytes + this - 1) // this`.
+    """
+
+    def __init__(self, chunk_bytes: int, cut: _Cut) -> None:
+        self._bytes, self._cut = chunk_bytes, cut
+
+    def __radd__(self, local_bytes: int) -> _Chunks:
+        return _Chunks(-(-self._cut.whole(local_bytes) // self._bytes))
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    count: int
+
+    def __sub__(self, one: int) -> _Chunks:
+        return self
+
+    def __floordiv__(self, chunk: _ShareOfChunk) -> int:
+        return self.count
+
+
+@contextlib.contextmanager
+def chunks_of(model: Any, chunk_bytes: int | None) -> Iterator[None]:
+    """Within the `with`, a video goes through the model's decoder in chunks of so many bytes. None: by this device's memory."""
+    module = None if chunk_bytes is None else module_of(model.decoder)
+    if not hasattr(module, "get_max_chunk_size"):
+        yield
+        return
+    with replaced(module, "get_max_chunk_size", lambda device=None, **kwargs: chunk_bytes):
+        yield
 
 
 def module_of(decoder: object) -> Any:

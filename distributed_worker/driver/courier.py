@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import queue
+import shlex
 import sys
 import threading
 import time
@@ -172,6 +173,9 @@ class Courier:
 
             options: dict[str, Any] = {**request.resources, "max_restarts": 0}
             options["runtime_env"] = {"env_vars": dict(request.environment)}
+            if not self._is_joined and shlex.quote(sys.executable) != sys.executable:
+                # Ray hands it to a shell as it is: in a folder with a space no worker would start.
+                options["runtime_env"]["py_executable"] = shlex.quote(sys.executable)
             if self._is_joined:
                 options["scheduling_strategy"] = self._place_of(request)
             actor_class = ray.remote(**options)(RayWorker)

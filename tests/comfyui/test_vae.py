@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -135,6 +136,50 @@ def test_a_whole_decode_is_that_of_one_device(vaes, ranks, kind, n, height, widt
     assert n == 1 or any(together in message for message in said), said
 
 
+def test_the_noise_that_is_injected_counts(vaes):
+    """Without which the tests above would not see it."""
+    whole, _, _ = vaes("convolutions with noise")
+    model = whole.first_stage_model
+    found = []
+    with mock.patch.object(model, "decode_noise_scale", 0.0):
+        for seed in (1, 2):
+            with from_seed(seed):
+                found.append(whole.decode(a_latent()))
+    assert (found[0] - found[1]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("shares", [(3, 1), (1, 5)])
+def test_unlike_workers_decode_together(vaes, cluster, shares):
+    whole, shared, _ = vaes("diffusion")
+    latent = a_latent(1, 2, 26)
+    cluster.group.form(ParallelConfig(2, 1, shares=shares))
+    with from_seed():
+        assert (shared.decode(latent) - whole.decode(latent)).abs().max() <= 2e-6
+
+
+def test_chunks_of_frames_are_those_of_one_device(vaes, ranks, comfy):
+    """With each of which noise is drawn anew."""
+    from comfy.ldm.lightricks.vae import causal_video_autoencoder as autoencoder
+
+    whole, shared, _ = vaes("convolutions with noise")
+    ranks(3)
+    link = shared.first_stage_model.rayltx_link
+    found = {}
+    for chunk_bytes in (2**15 + 3, 2**22):
+        link._draws.clear()
+        link._chunk_bytes = chunk_bytes
+        with mock.patch.object(autoencoder, "get_max_chunk_size", lambda device, size=chunk_bytes: size), from_seed():
+            found[chunk_bytes] = whole.decode(a_latent(4))
+            following = torch.randn(3)
+        with from_seed():
+            assert (shared.decode(a_latent(4)) - found[chunk_bytes]).abs().max() <= 2e-6
+            assert torch.equal(torch.randn(3), following)
+    few, many = found.values()
+    assert (few - many).abs().max() > 2e-5  # ten times what the others may
+    link._chunk_bytes = autoencoder.get_max_chunk_size(torch.device("cpu"))
+    link._draws.clear()
+
+
 def test_a_batch_is_decoded(vaes, ranks):
     whole, shared, _ = vaes("convolutions")
     ranks(3)
@@ -199,6 +244,18 @@ def test_what_cannot_reach_the_workers_is_refused(vaes):
     decoder.decoder.conv_act = torch.nn.ReLU()
     with pytest.raises(UnsupportedError, match="has changed the modules"):
         changed.decode(a_latent())
+    decoder = copy.deepcopy(shared.first_stage_model)
+    changed.first_stage_model = decoder
+    decoder.decoder.causal = not decoder.decoder.causal
+    with pytest.raises(UnsupportedError, match="has changed the modules"):
+        changed.decode(a_latent())
+    patched = copy.copy(shared)
+    patched.patcher = shared.patcher.clone()
+    with torch.inference_mode():
+        patched.decode(a_latent())
+    patched.patcher.add_object_patch("decoder.causal", True)
+    with pytest.raises(UnsupportedError, match="has patched this VAE"):
+        patched.decode(a_latent())
     with pytest.raises(UnsupportedError, match="writes into the weight"), torch.no_grad():
         shared.first_stage_model.decoder.conv_in.conv.weight.mul_(2)
 
@@ -211,10 +268,14 @@ def test_weights_are_in_memory_once(vaes, cluster):
 
 
 def test_the_same_file_is_loaded_once(vaes, cluster):
+    """And what a node sets on one of its VAEs is not set on another."""
     from rayltx.comfy_dist.main_process.remote_vae import get_vae
 
     _, shared, path = vaes("convolutions")
-    assert get_vae(str(path), "video", cluster.request) is shared
+    another = get_vae(str(path), "video", cluster.request)
+    assert another.first_stage_model.rayltx_link is shared.first_stage_model.rayltx_link
+    another.first_stage_model.decode_timestep = 0.7
+    assert shared.first_stage_model.decode_timestep != 0.7
 
 
 def test_a_cancel_ends_a_decode_and_the_next_is_right(vaes, ranks, comfy):
