@@ -139,13 +139,13 @@ class VAELink:
             )
         settings = _settings_of(model)
         call = VAECall(x, settings, options, chunk_bytes=self._chunk_bytes)
-        if self._is_noisy and self._device.type != self.cluster.request.device:
+        if not draws or not self._is_noisy:
+            return call
+        if self._device.type != self.cluster.request.device:
             raise UnsupportedError(
                 f"this VAE draws noise while it decodes, and ComfyUI's is that of {self._device.type}, which the workers on "
                 f"{self.cluster.request.device} do not have; use ComfyUI's own Load VAE for this graph"
             )
-        if not draws or not self._is_noisy:
-            return call
         state = random_state(self._device)
         for shape in self._drawn_by(call):  # so that what comes next is drawn as if this had been decoded here
             torch.randn(shape, device=self._device, dtype=self._dtype)
@@ -246,9 +246,8 @@ class VAELink:
 
         asked: Iterable[Call[VAEHost, Tensor]] = calls()
         if self._is_noisy and not arguments["downscale"]:
-            asked = list(
-                asked
-            )  # what they draw is asked of a worker, which has to be asked for nothing else at that time
+            # What they draw is asked of a worker, which has to be asked for nothing else at that time.
+            asked = list(asked)
         self.ensure_loaded()
         answers = self._spread(asked, f"{len(places)} tiles")
 

@@ -23,11 +23,9 @@ from rayltx.distributed_worker.messages import INLINE_BYTES
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
-# How far sums in another order may take a decoded video, of its largest value: two to three times what was seen in float32
-# (4e-6) and in bfloat16 (0.01). A border that is missing takes it further than half of that value.
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.05}
-
-
+# How far sums in another order may take a decoded video, of its largest value: some times what was seen on CPU ranks, 4e-6 in
+# float32, 8e-4 in float16 and 7e-3 in bfloat16. Without the borders it was 0.08 at least.
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 0.03}
 _ALIGNMENT = 64  # bytes; of torch's memory
 
 
