@@ -147,14 +147,17 @@ def test_a_gguf_file(server):
 
 
 def test_the_same_file_is_read_once(server):
-    """Also where the number of GPUs changes: its VAE stays as well."""
+    """Also where another input changes; other workers have to read it."""
     run = lambda gpus: sampled(server, "again", lambda work: simple(work, gpus=gpus)[0])  # noqa: E731
     run(2)
-    vaes, models = (server.log().count(text) for text in ("VAE load device", f"{BUNDLE}, LTX-2.3"))
+    texts = (f"{BUNDLE}, VAE (VideoVAE)", f"{BUNDLE}, LTX-2.3", "do not have this VAE any more")
+    before = [server.log().count(text) for text in texts]
+    assert before[0] > 0 and before[1] > 0
     run(2)
-    assert server.log().count(f"{BUNDLE}, LTX-2.3") == models
+    sampled(server, "again", lambda work: simple(work, gpus=2, max_vram_gb=1.0)[0])
+    assert [server.log().count(text) for text in texts] == before
     run(1)
-    assert vaes > 0 and server.log().count("VAE load device") == vaes
+    assert server.log().count(texts[2]) == before[2] + 1
 
 
 def test_a_gpu_that_is_not_there_is_told_by_the_names_of_this_node(server):
