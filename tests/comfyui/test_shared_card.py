@@ -131,7 +131,9 @@ def test_the_estimate_has_what_sharing_takes(comfy):
 
     from rayltx.comfy_dist.main_process.memory_estimate import Replicated, bytes_of_sharing
 
-    model = SimpleNamespace(in_channels=128, inner_dim=4096, audio_inner_dim=2048, audio_patchify_proj=None)
+    model = SimpleNamespace(
+        in_channels=128, inner_dim=4096, num_attention_heads=32, audio_inner_dim=2048, audio_patchify_proj=None
+    )
     shape = (1, 128, 72, 22, 36)
 
     def estimate(ulysses, ring, text=0, audio=0):
