@@ -90,11 +90,6 @@ class VAEHost(Host, Protocol):
         ...
 
     @individual
-    def placed_bytes(self) -> int:
-        """What of the weights is on the device."""
-        ...
-
-    @individual
     def free_bytes(self) -> int:
         """What a call can have of the device's memory, next to what is on it."""
         ...

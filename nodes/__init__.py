@@ -22,10 +22,9 @@ from rayltx.nodes.samplers import (
     XFuserSamplerCustomAdvanced,
 )
 from rayltx.nodes.simple import RayLTX
-
-# In the order in which they are listed: what one begins with comes first, and what ends everything last.
 from rayltx.nodes.vae import RayVAEDecodeDistributed, RayVAELoader
 
+# In the order in which they are listed: what one begins with comes first, and what ends everything last.
 _NODES = {
     RayLTX: "LTX on several GPUs",
     RayInitializer: "Ray Init Actor",

@@ -98,7 +98,7 @@ class RayLTX:
         vae_name: str = FROM_THE_FILE, unique_id: str | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         require_packages()
-        from rayltx.comfy_dist.main_process.checkpoint_parts import CheckpointParts, is_bundle
+        from rayltx.comfy_dist.main_process.checkpoint_parts import AbsentVAE, CheckpointParts, is_bundle
         from rayltx.comfy_dist.main_process.initializer_settings import start_workers
         from rayltx.comfy_dist.main_process.ray_values import kept_by, load_actors
 
@@ -111,7 +111,7 @@ class RayLTX:
             self._parts = CheckpointParts.of(path)
         vae = _vae(path, vae_name, placement, self)
         clip = None if self._parts is None else self._parts.clip
-        info = _info(path, placement, vae_name, clip is not None)
+        info = _info(path, placement, vae_name, not isinstance(vae, AbsentVAE), clip is not None)
         logger.info("%s", info.replace("\n", "; "))
         _show(info, unique_id)
         return actors.model, vae, clip, info
@@ -134,14 +134,12 @@ def _check_dtype(path: str, weight_dtype: str) -> None:
         )
 
 
-def _info(path: str, placement: Any, vae_name: str, has_clip: bool) -> str:
+def _info(path: str, placement: Any, vae_name: str, has_vae: bool, has_clip: bool) -> str:
     """Two lines: who works on it and how they share it; where the rest comes from."""
-    from rayltx.diffusion_models.lightricks.vae_checkpoint import holds_vae
-
     request = placement.request
     workers = f"{request.workers} worker{'s' if request.workers > 1 else ''} ({request.device})"
     if vae_name == FROM_THE_FILE:
-        vae = "VAE from the file" if holds_vae(path) else "no VAE in the file"
+        vae = "VAE from the file" if has_vae else "no VAE in the file"
     else:
         vae = f"VAE {vae_name}"
     clip = "text encoder from the file" if has_clip else "no text encoder in the file"

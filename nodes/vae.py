@@ -17,9 +17,9 @@ _ACTORS = (
 _INIT = ("RAY_ACTORS_INIT", {"tooltip": "The workers, from Ray Init Actor, for a graph without a model."})
 
 
-def _vae_name(folders: tuple[str, ...] = _FOLDERS) -> Definition:
+def _vae_name() -> Definition:
     return (
-        file_names(folders),
+        file_names(_FOLDERS),
         {"tooltip": "A VAE of an LTX model, from models/vae, or a checkpoint in models/checkpoints that holds it."},
     )
 

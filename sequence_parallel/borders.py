@@ -20,31 +20,19 @@ def with_borders(local: Tensor, dim: int, width: int, group: SequenceParallelGro
     Returns the joined tensor, and how much of it comes before this rank's own. Collective: every rank in `group` must call it,
     with tensors that differ along `dim` alone.
     """
-    rank, last, held = group.rank, group.world_size - 1, local.shape[dim]
     if group.world is None or width == 0:
         return local, 0
+    rank, held = group.rank, local.shape[dim]
     assert held >= width, f"rank {rank} holds {held} of dimension {dim}, and its neighbours need {width}"
-    if local.numel() == 0:
-        width_before, width_behind = (width if rank else 0), (width if rank < last else 0)
-        shape = list(local.shape)
-        shape[dim] += width_before + width_behind
-        return local.new_empty(shape), width_before
-    operations, parts, before = [], [local], 0
-    if rank > 0:
-        peer = dist.get_global_rank(group.world, rank - 1)
-        first = local.narrow(dim, 0, width).contiguous()
-        operations.append(dist.P2POp(dist.isend, first, peer, group.world))
-        arriving = torch.empty_like(first)
-        operations.append(dist.P2POp(dist.irecv, arriving, peer, group.world))
-        parts.insert(0, arriving)
-        before = width
-    if rank < last:
-        peer = dist.get_global_rank(group.world, rank + 1)
-        behind = local.narrow(dim, held - width, width).contiguous()
-        operations.append(dist.P2POp(dist.isend, behind, peer, group.world))
-        arriving = torch.empty_like(behind)
-        operations.append(dist.P2POp(dist.irecv, arriving, peer, group.world))
-        parts.append(arriving)
-    for request in dist.batch_isend_irecv(operations):
+    shown = {rank - 1: local.narrow(dim, 0, width), rank + 1: local.narrow(dim, held - width, width)}  # by neighbour
+    sent = {peer: part.contiguous() for peer, part in shown.items() if 0 <= peer < group.world_size}
+    arriving = {peer: torch.empty_like(part) for peer, part in sent.items()}
+    operations = []
+    for peer in sent if local.numel() else ():
+        global_rank = dist.get_global_rank(group.world, peer)
+        operations.append(dist.P2POp(dist.isend, sent[peer], global_rank, group.world))
+        operations.append(dist.P2POp(dist.irecv, arriving[peer], global_rank, group.world))
+    for request in dist.batch_isend_irecv(operations) if operations else ():
         request.wait()
-    return torch.cat(parts, dim), before
+    parts = {**arriving, rank: local}
+    return torch.cat([parts[peer] for peer in sorted(parts)], dim), width if rank > 0 else 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from comfy_models import CONFIGS
 from comfy_server import Graph
+from safetensors.torch import load_file
+
+from rayltx.diffusion_models.lightricks.relative_error import worst_error
 
 STEPS = 3
 FRAMES, HEIGHT, WIDTH, AUDIO_TOKENS = 3, 5, 7, 11
@@ -87,3 +90,10 @@ def sampler_custom(work, model, latent=None, cfg=3.0, sampler="euler"):
         "SamplerCustom", model=model, add_noise=True, noise_seed=5, cfg=cfg, positive=work.positive,
         negative=work.negative, sampler=chosen, sigmas=work.sigmas(), latent_image=latent or work.latent(),
     )[0]  # fmt: skip
+
+
+def error_of(server, name, reference):
+    """Of what one graph saved, against what another did; relative, of the tensor that is furthest off."""
+    found, expected = (load_file(server.output / f"{n}.safetensors") for n in (name, reference))
+    assert found.keys() == expected.keys()
+    return worst_error([found[key] for key in expected], list(expected.values()))

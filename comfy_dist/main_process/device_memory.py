@@ -13,7 +13,7 @@ from rayltx.comfy_dist.comfy_host import ComfyHost
 from rayltx.comfy_dist.comfy_types import BaseModel
 from rayltx.comfy_dist.main_process.memory_estimate import Replicated, bytes_of_sharing
 from rayltx.comfy_dist.main_process.memory_saving import MemorySaving, advice
-from rayltx.comfy_dist.main_process.other_devices import OtherDevices
+from rayltx.comfy_dist.main_process.other_devices import OtherDevices, devices_elsewhere
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.model_spec import ComfySpec
 from rayltx.comfy_dist.wire import LoadInputs
@@ -99,16 +99,7 @@ class DeviceMemory:
 
         self._placed = self.within(load)
         self.loaded = True
-        self._other_devices.list_on(self._devices_elsewhere())
-
-    def _devices_elsewhere(self) -> list[torch.device]:
-        """Workers' devices, as this process numbers them, that are not the one that ComfyUI runs on."""
-        request = self._model.placement.request
-        if request.on_cpu:
-            return []
-        devices = [torch.device(request.device, index) for index in range(request.kind.count())]
-        own = comfy.model_management.get_torch_device()
-        return [device for device in devices if device != own and self._rank_on(device) is not None]
+        self._other_devices.list_on(devices_elsewhere(self._model.cluster))
 
     def within(self, work: Callable[[MemorySaving | None], _Result]) -> _Result:
         """What the work gives. Where memory runs out it is tried once more with less, and so is the rest of the run.

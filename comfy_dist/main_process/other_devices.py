@@ -15,6 +15,8 @@ import comfy.model_patcher
 import torch
 from torch import nn
 
+from rayltx.distributed_worker.cluster import Cluster
+
 
 class Memory(Protocol):
     """Of one model on the workers' devices; see `DeviceMemory`."""
@@ -32,8 +34,16 @@ class WorkerRayLTX(nn.Module):
 class WorkerPatcher(comfy.model_patcher.ModelPatcher):
     """Stands for what a worker has on its card. ComfyUI can unload it, and does not load it."""
 
-    def __init__(self, memory: Memory, device: torch.device) -> None:
-        super().__init__(WorkerRayLTX(), load_device=device, offload_device=torch.device("cpu"))
+    def __init__(
+        self,
+        memory: Memory,
+        device: torch.device,
+        model: nn.Module | None = None,
+        offload_device: torch.device | None = None,
+    ) -> None:
+        """model: that it stands for; None: a worker's share of any. offload_device: None is the CPU."""
+        offload_device = offload_device or torch.device("cpu")
+        super().__init__(model or WorkerRayLTX(), load_device=device, offload_device=offload_device)
         self._memory = memory
 
     def model_size(self) -> int:
@@ -54,6 +64,13 @@ class WorkerPatcher(comfy.model_patcher.ModelPatcher):
     def detach(self, unpatch_all: bool = True) -> nn.Module:
         self._memory.empty(self.load_device)
         return self.model
+
+
+def devices_elsewhere(cluster: Cluster) -> list[torch.device]:
+    """Workers' devices, as this process numbers them, that are not the one that ComfyUI runs on."""
+    request, own = cluster.request, management.get_torch_device()
+    devices = [] if request.on_cpu else [torch.device(request.device, n) for n in range(request.kind.count())]
+    return [device for device in devices if device != own and cluster.rank_on(device) is not None]
 
 
 class OtherDevices:

@@ -64,7 +64,7 @@ def request_of(ray_actors: RayActors | None, placement: Placement | None = None)
 def load_vae(path: str, part: str, request: ClusterRequest, node: object) -> VAE:
     """Load a VAE on the workers. Shows progress, and can be cancelled there. part: see `open_vae`. node: keeps it."""
     kept = node.__dict__.setdefault(_KEPT_VAE, KeptVAE())
-    return get_vae(path, part, request, kept, _progress_on(comfy.utils.ProgressBar(_PROGRESS_STEPS)))
+    return get_vae(path, part, request, kept, _shown_progress())
 
 
 def let_go_of_vae(node: object) -> None:
@@ -72,7 +72,10 @@ def let_go_of_vae(node: object) -> None:
     node.__dict__.pop(_KEPT_VAE, None)
 
 
-def _progress_on(bar: comfy.utils.ProgressBar) -> Progress:
+def _shown_progress() -> Progress:
+    """On the node that runs."""
+    bar = comfy.utils.ProgressBar(_PROGRESS_STEPS)
+
     def progress(done: int, total: int) -> None:
         bar.update_absolute(_PROGRESS_STEPS * done // total, _PROGRESS_STEPS)
 
@@ -88,6 +91,6 @@ def load_actors(
     options: the fields of `LoadOptions`.
     """
     placement = dataclasses.replace(placement, weight_budget=int(max_vram_gb * 2**30))
-    progress = _progress_on(comfy.utils.ProgressBar(_PROGRESS_STEPS))
+    progress = _shown_progress()
     model = loaded_models.get(path, placement, LoadOptions(**options), kept, progress)
     return RayActors(with_loras(model, loras))

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
@@ -27,7 +26,7 @@ from rayltx.comfy_dist.comfy_types import VAE, VAEModel
 from rayltx.comfy_dist.main_process.absent_weights import mark_absent
 from rayltx.comfy_dist.main_process.detection import check_names, check_version, header_of, without_dynamic_vram
 from rayltx.comfy_dist.main_process.loaded_models import FileState
-from rayltx.comfy_dist.main_process.other_devices import OtherDevices
+from rayltx.comfy_dist.main_process.other_devices import OtherDevices, WorkerPatcher, devices_elsewhere
 from rayltx.comfy_dist.main_process.releasing import release_with, wait_for_releases
 from rayltx.comfy_dist.main_process.vae_link import VAELink, refuse_to_save
 from rayltx.comfy_dist.main_process.worker_link import raise_if_cancelled
@@ -109,13 +108,10 @@ class VAEMemory:
     def begin_use(self) -> None:
         """The workers bring the weights to their devices when they are asked."""
         self.loaded = True
-        request = self._link.cluster.request
-        devices = [] if request.on_cpu else [torch.device(request.device, n) for n in range(request.kind.count())]
-        own = comfy.model_management.get_torch_device()
-        self._other_devices.list_on(device for device in devices if device != own and self._rank_on(device) is not None)
+        self._other_devices.list_on(devices_elsewhere(self._link.cluster))
 
     def device_bytes(self, device: torch.device) -> int:
-        return 0 if self._rank_on(device) is None else self._link.remote.source.weight_bytes
+        return 0 if self._link.cluster.rank_on(device) is None else self._link.remote.source.weight_bytes
 
     def placed_bytes(self, device: torch.device) -> int:
         return self.device_bytes(device) if self.loaded else 0
@@ -136,31 +132,20 @@ class VAEMemory:
         self._link.ensure_loaded()
         return min(self._link.remote.call(ask(VAEHost.free_bytes), "measuring").values())
 
-    def _rank_on(self, device: torch.device) -> int | None:
-        return self._link.cluster.rank_on(device)
 
-
-class VAEStandIn(comfy.model_patcher.ModelPatcher):
+class VAEStandIn(WorkerPatcher):
     """Loads as nothing, and stands in ComfyUI's list of loaded models for the workers' memory."""
 
-    def __init__(self, model: nn.Module, memory: VAEMemory, device: torch.device, offload_device: torch.device) -> None:
-        super().__init__(model, load_device=device, offload_device=offload_device)
-        self._memory = memory
+    _memory: VAEMemory
 
     def clone(self, *args: object, **kwargs: object) -> VAEStandIn:
-        clone = VAEStandIn(self.model, self._memory, self.load_device, self.offload_device)
+        clone = VAEStandIn(self._memory, self.load_device, self.model, self.offload_device)
         clone.patches = {key: [*patches] for key, patches in self.patches.items()}
         clone.object_patches = dict(self.object_patches)
         return clone
 
     def deepclone_multigpu(self, *args: object, **kwargs: object) -> NoReturn:
         raise UnsupportedError("this VAE is on all Ray workers already: remove the node that puts it on another GPU")
-
-    def model_size(self) -> int:
-        return self._memory.device_bytes(self.load_device)
-
-    def loaded_size(self) -> int:
-        return self._memory.placed_bytes(self.load_device)
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self._memory.loaded else self.offload_device
@@ -171,7 +156,7 @@ class VAEStandIn(comfy.model_patcher.ModelPatcher):
     def model_mmap_residency(self, free: bool = False) -> tuple[int, int]:
         return 0, 0
 
-    def partially_load(self, device_to: object, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+    def partially_load(self, *args: object, **kwargs: object) -> int:
         if self.patches or self.object_patches:
             raise UnsupportedError(
                 "a node has patched this VAE, which is with the Ray workers: it would have no effect; use ComfyUI's own Load VAE "
@@ -179,9 +164,6 @@ class VAEStandIn(comfy.model_patcher.ModelPatcher):
             )
         self._memory.begin_use()
         return self.loaded_size()
-
-    def partially_unload(self, device_to: object, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
-        return self._memory.unload_bytes(self.load_device, int(memory_to_free))
 
     def get_free_memory(self, device: torch.device) -> float:
         return self._memory.free_bytes()
@@ -193,9 +175,7 @@ class VAEStandIn(comfy.model_patcher.ModelPatcher):
         pass
 
     def detach(self, unpatch_all: bool = True) -> nn.Module:
-        if unpatch_all:
-            self._memory.empty(self.load_device)
-        return self.model
+        return super().detach() if unpatch_all else self.model
 
 
 @dataclass
@@ -294,7 +274,7 @@ def _connect(vae: VAE, link: VAELink) -> None:
     _drop_values(model)
     mark_absent(model)
     vae.__class__ = RemoteVAE
-    vae.patcher = VAEStandIn(model, VAEMemory(link), vae.device, comfy.model_management.vae_offload_device())
+    vae.patcher = VAEStandIn(VAEMemory(link), vae.device, model, comfy.model_management.vae_offload_device())
 
 
 def _drop_values(model: nn.Module) -> None:

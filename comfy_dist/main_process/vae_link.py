@@ -146,10 +146,14 @@ class VAELink:
                 f"this VAE draws noise while it decodes, and ComfyUI's is that of {self._device.type}, which the workers on "
                 f"{self.cluster.request.device} do not have; use ComfyUI's own Load VAE for this graph"
             )
-        state = random_state(self._device)
+        found = self._from_here(call)
         for shape in self._drawn_by(call):  # so that what comes next is drawn as if this had been decoded here
             torch.randn(shape, device=self._device, dtype=self._dtype)
-        return dataclasses.replace(call, random_state=state)
+        return found
+
+    def _from_here(self, call: VAECall) -> VAECall:
+        """Drawing noise, if it does, as it would be drawn here next."""
+        return dataclasses.replace(call, random_state=random_state(self._device)) if self._is_noisy else call
 
     def _drawn_by(self, call: VAECall) -> list[tuple[int, ...]]:
         key = (tuple(call.x.shape), *sorted(call.settings.items()))
@@ -177,9 +181,7 @@ class VAELink:
             if x.ndim == 5 and config.world_size > 1:
                 self._tell(f"the video is decoded by one worker: {slabs}")
             return self._on_one(ask(VAEHost.decode, self._call(model, x, options, draws=True)), "decoding")
-        call = self._call(model, x, options)
-        if self._is_noisy:
-            call = dataclasses.replace(call, random_state=random_state(self._device))
+        call = self._from_here(self._call(model, x, options))
         axis = "columns" if slabs.dim == -1 else "rows"
         self._tell(f"the video is decoded by {config.world_size} workers together, each with some of its {axis}")
         parts = self.remote.forward_on_each(call, config, "decoding", raise_if_cancelled)
@@ -196,9 +198,7 @@ class VAELink:
         shapes = [(1, self._channels, 2, 2, columns) for columns in range(config.world_size, most + 1)]
         shape = next(shape for shape in shapes if not isinstance(Slabs.of(model, shape, group), str))
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self._dtype)
-        call = self._call(model, x, {})
-        if self._is_noisy:
-            call = dataclasses.replace(call, random_state=random_state(self._device))
+        call = self._from_here(self._call(model, x, {}))
         try:
             error, tolerance = self.remote.call_together(
                 ask_together(VAEHost.slab_test, call), config, "trying to decode together", poll=raise_if_cancelled

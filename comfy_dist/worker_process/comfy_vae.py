@@ -35,15 +35,12 @@ class VAEPatcher(SharedWeightPatcher):
     def _reserved_for_streaming(self, budget: float) -> int:
         return 0
 
-    def is_dynamic(self) -> bool:
-        return False
-
 
 class ComfyVAE(VAEHost):
     """What it can be asked is described in `VAEHost`."""
 
     def __init__(self, spec: VAESpec, device: str) -> None:
-        self._spec, self._device = spec, device
+        self._spec = spec
         self._given: dict[str, Tensor] = {}
         self._vae: VAE = None
 
@@ -148,9 +145,6 @@ class ComfyVAE(VAEHost):
                     loaded.model_unload()
                     management.current_loaded_models.remove(loaded)
             management.soft_empty_cache()
-
-    def placed_bytes(self) -> int:
-        return int(self._vae.patcher.loaded_size())
 
     def free_bytes(self) -> int:
         return int(management.get_free_memory(self._vae.device))

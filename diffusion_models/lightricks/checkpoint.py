@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -185,20 +185,40 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{path}: a pickle can run code when it is opened, so it is refused; use a .safetensors file of the model"
         )
-    stamp = FileStamp.of(path)
-    try:
-        with open_safetensors(path) as file:
-            metadata, found = dict(file.metadata()), file.described()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {damage_of(error)}") from error
-    prefix = transformer_prefix(path, found)
-    tensors = {}
-    for name, (dtype, shape) in found.items():
-        if name.startswith(prefix):
+    header = Header.of(path)
+    prefix = transformer_prefix(path, header.tensors)
+    return header.checkpoint(prefix, [name for name in header.tensors if name.startswith(prefix)])
+
+
+@dataclass(frozen=True)
+class Header:
+    """Of a safetensors file, before anything is chosen of what it holds."""
+
+    path: Path
+    stamp: FileStamp
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]  # (dtype as safetensors spells it, shape) by name
+
+    @classmethod
+    def of(cls, path: Path) -> Header:
+        """Raises CheckpointError for a file that is damaged."""
+        stamp = FileStamp.of(path)
+        try:
+            with open_safetensors(path) as file:
+                return cls(path, stamp, dict(file.metadata()), file.described())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {damage_of(error)}") from error
+
+    def checkpoint(self, prefix: str, names: Iterable[str]) -> Checkpoint:
+        """Of some of its tensors, whose names begin with `prefix`. Raises CheckpointError for what is not known of them."""
+        tensors = {}
+        for name in names:
+            dtype, shape = self.tensors[name]
             if dtype not in SAFETENSORS_DTYPES:
-                raise CheckpointError(f"{path}: tensor {name} has the dtype {dtype}, which is not known here")
+                raise CheckpointError(f"{self.path}: tensor {name} has the dtype {dtype}, which is not known here")
             tensors[name.removeprefix(prefix)] = TensorInfo(SAFETENSORS_DTYPES[dtype], shape)
-    return Checkpoint(str(path.resolve()), prefix, tensors, metadata, read_config(path, metadata), stamp)
+        config = read_config(self.path, self.metadata)
+        return Checkpoint(str(self.path.resolve()), prefix, tensors, self.metadata, config, self.stamp)
 
 
 def _looks_like_pickle(path: Path) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, FileStamp, TensorInfo, read_config
-from rayltx.diffusion_models.lightricks.safetensors_files import SAFETENSORS_DTYPES, damage_of, open_safetensors
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, Header
+from rayltx.diffusion_models.lightricks.safetensors_files import open_safetensors
 from rayltx.errors import CheckpointError, InputError
 from rayltx.whole_files import check_is_file
 
@@ -29,24 +29,15 @@ def open_vae(path: str | os.PathLike[str], part: str = ANY) -> Checkpoint:
         raise InputError(f"part={part!r} must be one of {', '.join(PARTS)}")
     path = Path(path)
     check_is_file(path)
-    stamp = FileStamp.of(path)
-    try:
-        with open_safetensors(path) as file:
-            metadata, found = dict(file.metadata()), file.described()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {damage_of(error)}") from error
-    prefix, names = _names(found, part)
+    header = Header.of(path)
+    prefix, names = _names(header.tensors, part)
     if not names:
-        shown = ", ".join(sorted(found)[:3]) or "none"
+        shown = ", ".join(sorted(header.tensors)[:3]) or "none"
         kind = {ANY: "VAE", VIDEO: "VAE of video", AUDIO: "VAE of sound"}[part]
-        raise CheckpointError(f"{path}: there is no {kind} of LTX among its {len(found)} tensors ({shown}, ...)")
-    tensors = {}
-    for name in names:
-        dtype, shape = found[name]
-        if dtype not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{path}: tensor {name} has the dtype {dtype}, which is not known here")
-        tensors[name.removeprefix(prefix)] = TensorInfo(SAFETENSORS_DTYPES[dtype], shape)
-    return Checkpoint(str(path.resolve()), prefix, tensors, metadata, read_config(path, metadata), stamp)
+        raise CheckpointError(
+            f"{path}: there is no {kind} of LTX among its {len(header.tensors)} tensors ({shown}, ...)"
+        )
+    return header.checkpoint(prefix, names)
 
 
 def holds_vae(path: str | os.PathLike[str], part: str = VIDEO) -> bool:

@@ -9,10 +9,9 @@ from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS, VERSIONS, save_tiny_bundle, save_tiny_checkpoint, slow
 from comfy_scenarios import SAMPLING_TOLERANCE
 from comfy_server import PromptFailed, Server
-from comfy_workflows import HEIGHT, STEPS, WIDTH, Workflow, ksampler, sampler_custom
-from safetensors.torch import load_file, save_file
+from comfy_workflows import HEIGHT, STEPS, WIDTH, Workflow, error_of, ksampler, sampler_custom
+from safetensors.torch import save_file
 
-from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.expansion.comfyui_gguf.convert import convert
 
 pytestmark = pytest.mark.comfyui
@@ -72,12 +71,6 @@ def with_guide(work):
     )  # fmt: skip
     work.positive, work.negative, work.video = guide[0], guide[1], guide[2]
     return work.latent()
-
-
-def error_of(server, name, reference):
-    found, expected = (load_file(server.output / f"{n}.safetensors") for n in (name, reference))
-    assert found.keys() == expected.keys()
-    return max(relative_error(found[key], expected[key]) for key in found)
 
 
 def compare(server, version, build, workers=2, ring=1, **options):

@@ -59,11 +59,12 @@ def test_what_is_loaded_on_another_workers_card_can_push_it_out(twin, monkeypatc
     """A VAE that a node has put there. The worker on ComfyUI's own card keeps its weights."""
     import comfy.model_management as management
 
+    from rayltx.comfy_dist.main_process import device_memory
     from rayltx.comfy_dist.main_process.device_memory import DeviceMemory
 
     other = torch.device("cuda", 1)
     monkeypatch.setattr(DeviceMemory, "_rank_on", lambda self, device: {"cpu": 0, "cuda": 1}[device.type])
-    monkeypatch.setattr(DeviceMemory, "_devices_elsewhere", lambda self: [other])
+    monkeypatch.setattr(device_memory, "devices_elsewhere", lambda cluster: [other])
     right = sample(twin)
     before = placed(twin)
     listed = [loaded for loaded in management.current_loaded_models if loaded.device == other]

@@ -7,11 +7,10 @@ from comfy_checkout import find_comfyui
 from comfy_models import VAE_CONFIG, save_tiny_bundle, save_tiny_checkpoint
 from comfy_scenarios import SAMPLING_TOLERANCE
 from comfy_server import PromptFailed, Server
-from comfy_workflows import HEIGHT, WIDTH, Workflow, ksampler
+from comfy_workflows import HEIGHT, WIDTH, Workflow, error_of, ksampler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rayltx.diffusion_models.lightricks.relative_error import worst_error
 from rayltx.expansion.comfyui_gguf.convert import convert
 
 pytestmark = pytest.mark.comfyui
@@ -54,11 +53,6 @@ def sampled(server, name, load):
     work = Workflow(VERSION)
     work.save(ksampler(work, load(work)), name)
     return server.watch(work.nodes)
-
-
-def error_of(server, name, reference):
-    found, expected = (load_file(server.output / f"{each}.safetensors") for each in (name, reference))
-    return worst_error([found[key] for key in expected], list(expected.values()))
 
 
 def test_the_model_is_comfyuis_whatever_the_number_of_gpus(server):

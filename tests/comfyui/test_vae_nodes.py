@@ -7,10 +7,7 @@ from comfy_checkout import find_comfyui
 from comfy_models import save_tiny_bundle, save_tiny_checkpoint, save_tiny_vae
 from comfy_scenarios import SAMPLING_TOLERANCE
 from comfy_server import PromptFailed, Server
-from comfy_workflows import HEIGHT, WIDTH, Workflow, ksampler
-from safetensors.torch import load_file
-
-from rayltx.diffusion_models.lightricks.relative_error import worst_error
+from comfy_workflows import HEIGHT, WIDTH, Workflow, error_of, ksampler
 
 VERSION = "LTX-2.3"
 BUNDLE = "bundle.safetensors"
@@ -72,11 +69,6 @@ def save(work, kept, name):
         work.add("TestSaveImage", image=kept["pixels"], name=name)
     else:
         work.save(kept["latent"], name)
-
-
-def error_of(server, name, reference):
-    found, expected = (load_file(server.output / f"{each}.safetensors") for each in (name, reference))
-    return worst_error([found[key] for key in expected], list(expected.values()))
 
 
 def test_without_workers_it_is_said_what_to_connect(server):
