@@ -59,11 +59,12 @@ class RankPool:
 def _serve(pipe) -> None:
     torch.set_num_threads(1)
     while True:
-        rank, world_size, store, function, args = pipe.recv()
+        rank, world_size, store_path, function, args = pipe.recv()
+        store = dist.FileStore(store_path, world_size)
         try:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(store, world_size),
+                store=store,
                 rank=rank,
                 world_size=world_size,
                 timeout=datetime.timedelta(seconds=60),
@@ -71,8 +72,11 @@ def _serve(pipe) -> None:
             try:
                 with torch.inference_mode():
                     answer = True, function(*args)
-                dist.barrier()  # a rank that leaves closes connections that a slower one may still be making
             finally:
+                # A rank that leaves closes connections that a slower one may still be making. They meet in the file,
+                # not by dist.barrier: a rank that failed, or exchanged less than the others, still comes here.
+                store.set(f"done {rank}", "")
+                store.wait([f"done {other}" for other in range(world_size)], datetime.timedelta(seconds=60))
                 dist.destroy_process_group()
         except Exception:  # the process boundary
             answer = False, traceback.format_exc()
