@@ -16,6 +16,8 @@ VAE: TypeAlias = Any  # comfy.sd.VAE
 VAEModel: TypeAlias = (
     Any  # a VAE's `first_stage_model`: of LTX, comfy.ldm.lightricks.vae's VideoVAE, CausalDiffusionVAE, AudioVAE
 )
+UpsamplerModel: TypeAlias = Any  # comfy.ldm.lightricks.latent_upsampler.LatentUpsampler
+Upsampler: TypeAlias = Any  # LATENT_UPSCALE_MODEL: a ModelPatcher of an UpsamplerModel; before ComfyUI 0.29, the model
 Layer: TypeAlias = Any  # one of comfy.ops's layers
 HookGroup: TypeAlias = Any  # comfy.hooks.HookGroup
 Guider: TypeAlias = Any  # GUIDER

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rayltx.distributed_worker.host import Host
+from rayltx.comfy_dist.auxiliary_host import AuxiliaryHost
 from rayltx.distributed_worker.worker_calls import collective, individual
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
@@ -48,7 +48,7 @@ class Slab:
     pixels: Tensor
 
 
-class VAEHost(Host, Protocol):
+class VAEHost(AuxiliaryHost, Protocol):
     """ComfyUI's VAE on one worker."""
 
     @collective
@@ -77,19 +77,4 @@ class VAEHost(Host, Protocol):
     @individual
     def draws(self, call: VAECall) -> list[tuple[int, ...]]:
         """The shapes of the noise that decoding this would draw from the device's generator, in their order."""
-        ...
-
-    @individual
-    def rest(self) -> None:
-        """The last of some calls is over: give back what they took, and the answer to the last one."""
-        ...
-
-    @individual
-    def unload(self) -> None:
-        """Free the device's memory. The weights stay in the host's, where all workers share them."""
-        ...
-
-    @individual
-    def free_bytes(self) -> int:
-        """What a call can have of the device's memory, next to what is on it."""
         ...

@@ -22,7 +22,7 @@ from rayltx.nodes.samplers import (
     XFuserSamplerCustomAdvanced,
 )
 from rayltx.nodes.simple import RayLTX
-from rayltx.nodes.vae import RayVAEDecodeDistributed, RayVAELoader
+from rayltx.nodes.vae import RayLatentUpscaleModelLoader, RayVAEDecodeDistributed, RayVAELoader
 
 # In the order in which they are listed: what one begins with comes first, and what ends everything last.
 _NODES = {
@@ -34,6 +34,7 @@ _NODES = {
     RayGGUFLoader: "Load Diffusion GGUF Model (Ray)",
     RayLoraLoader: "Load Lora Model (Ray)",
     RayVAELoader: "Load VAE (Ray)",
+    RayLatentUpscaleModelLoader: "Load Latent Upscale Model (Ray)",
     RayVAEDecodeDistributed: "Distributed VAE (Ray)",
     XFuserKSampler: "XFuser KSampler",
     XFuserKSamplerAdvanced: "XFuser KSampler (Advanced)",

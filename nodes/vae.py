@@ -1,4 +1,4 @@
-"""VAEs onto the workers, and a decode for graphs made with Raylight."""
+"""VAEs and upsamplers of latents onto the workers, and a decode for graphs made with Raylight."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rayltx.nodes.model_files import file_names, path_of
 from rayltx.nodes.requirements_check import require_packages
 
 _FOLDERS = ("vae", "checkpoints")
+_UPSAMPLER_FOLDERS = ("latent_upscale_models",)
 _PARTS = ("auto", "video", "audio")
 _ACTORS = (
     "RAY_ACTORS",
@@ -69,6 +70,40 @@ class RayVAELoader:
 
         vae = load_vae(path_of(vae_name, _FOLDERS), part, request_of(ray_actors, ray_actors_init), self)
         return vae, vae
+
+
+class RayLatentUpscaleModelLoader:
+    """An upsampler of latents onto the workers."""
+
+    CATEGORY = CATEGORY
+    SEARCH_ALIASES = BEGINNING
+    RETURN_TYPES = ("LATENT_UPSCALE_MODEL",)
+    RETURN_NAMES = ("upscale_model",)
+    OUTPUT_TOOLTIPS = ("For LTXVLatentUpsampler.",)
+    FUNCTION = "load_upsampler"
+    DESCRIPTION = (
+        "Loads an upsampler of LTX's latents once, for all workers. One of them runs it: the latent is that of ComfyUI's own "
+        "loader, and ComfyUI's card keeps its memory."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:  # noqa: N802
+        return {
+            "required": {
+                "model_name": (
+                    file_names(_UPSAMPLER_FOLDERS),
+                    {"tooltip": "An upsampler of LTX's latents, from models/latent_upscale_models."},
+                )
+            },
+            "optional": {"ray_actors": _ACTORS, "ray_actors_init": _INIT},
+        }
+
+    def load_upsampler(self, model_name: str, ray_actors: Any = None, ray_actors_init: Any = None) -> tuple[Any]:
+        require_packages()
+        from rayltx.comfy_dist.main_process.ray_values import load_upsampler, request_of
+
+        path = path_of(model_name, _UPSAMPLER_FOLDERS)
+        return (load_upsampler(path, request_of(ray_actors, ray_actors_init), self),)
 
 
 class RayVAEDecodeDistributed:

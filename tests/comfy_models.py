@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -38,21 +39,17 @@ VAE_CONFIG = {
 
 
 def save_tiny_bundle(path: Path, version: str) -> None:
-    """A checkpoint in one file, as Load Checkpoint takes it: the transformer, and the VAE next to it."""
-    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+    """A checkpoint in one file, as Load Checkpoint takes it: the transformer, and the VAE of that version next to it."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     save_tiny_checkpoint(path, version)
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["config"])
-    model = VideoVAE(config=VAE_CONFIG)
-    randomise(model, 0)
-    vae = model.state_dict()
-    vae["per_channel_statistics.std-of-means"] = torch.ones(128)
-    vae["per_channel_statistics.mean-of-means"] = torch.zeros(128)
-    tensors = {**load_file(path), **{f"vae.{name}": tensor.contiguous() for name, tensor in vae.items()}}
-    save_file(tensors, path, metadata={"config": json.dumps({**config, "vae": VAE_CONFIG})})
+    kind = "diffusion" if version == "LTX-2.5" else "convolutions"
+    vae = video_vae_model(kind).state_dict()
+    tensors = {**load_file(path), **{f"vae.{name}": tensor.contiguous().clone() for name, tensor in vae.items()}}
+    save_file(tensors, path, metadata={"config": json.dumps({**config, "vae": VIDEO_VAES[kind]})})
 
 
 # The decoder of LTX-2.5: neighbourhood attention in five stages, the last of which takes noise off.
@@ -134,14 +131,22 @@ def save_tiny_vae(path: Path, kind: str) -> None:
     save_file(tensors, path, metadata={"config": json.dumps(config)})
 
 
-def save_tiny_upscaler(path: Path) -> None:
-    """A latent upscaler of LTX's kind, to twice the rows and columns."""
+def save_tiny_upscaler(path: Path, **settings: object) -> None:
+    """A latent upscaler of LTX's kind, to twice the rows and columns. settings: of the class, for another.
+
+    Raises TypeError where this ComfyUI has no such.
+    """
     import comfy.ops
     from comfy.ldm.lightricks.latent_upsampler import LatentUpsampler
     from safetensors.torch import save_file
 
     config = {"in_channels": 128, "mid_channels": 32, "num_blocks_per_stage": 1, "dims": 3, "spatial_upsample": True}
-    model = LatentUpsampler.from_config(config, operations=comfy.ops.disable_weight_init)
+    config |= settings
+    if unknown := {*settings} - {*inspect.signature(LatentUpsampler).parameters}:
+        raise TypeError(f"no upsampler with {unknown}")
+    given = inspect.signature(LatentUpsampler.from_config).parameters  # its layers, since ComfyUI 0.29
+    operations = {"operations": comfy.ops.disable_weight_init} if "operations" in given else {}
+    model = LatentUpsampler.from_config(config, **operations)
     randomise(model, 0)
     save_file(model.state_dict(), path, metadata={"config": json.dumps(config)})
 

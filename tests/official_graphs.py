@@ -1,8 +1,8 @@
 """ComfyUI's official graphs for LTX, on tiny checkpoints: what is put in the place of files that nobody has here.
 
 The graphs are read from the packages that ComfyUI installs, and turned into prompts by its own frontend. Model files become tiny
-ones of the same version, text encoders become random text, media random pictures and sounds. Everything else stays as it is:
-samplers, sigmas, guiders, guides, LoRA nodes, upscaling between the stages.
+ones of the same version, with VAEs of its classes; text encoders become random text, media random pictures and sounds.
+Everything else stays as it is: samplers, sigmas, guiders, guides, LoRA nodes, upscaling between the stages, decoding.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ STEPS = 4
 BUNDLE = "{version} bundle.safetensors"
 LORA = "{version}.safetensors"
 UPSCALER = "upscaler.safetensors"
+SOUND_VAE = "sound.safetensors"
+_DECODERS = {
+    "VAEDecode": "TestSaveImage", "VAEDecodeTiled": "TestSaveImage", "LTXVAudioVAEDecode": "TestSaveSound",
+}  # fmt: skip
+_SAVING = ("TestSave", "TestSaveImage", "TestSaveSound")
 
 # Of what names them: graphs that need models of others, or that run elsewhere.
 NOT_HERE = {
@@ -112,12 +117,11 @@ def made_small(graph: dict, version: str, object_info: dict) -> Prompt:
     prompt.set("UNETLoader", unet_name=f"{version}.safetensors", weight_dtype="default")
     prompt.set("LoraLoaderModelOnly", lora_name=LORA.format(version=version))
     prompt.set("LatentUpscaleModelLoader", model_name=UPSCALER)
-    for key in prompt.of("LTXVAudioVAELoader"):
-        prompt.replace(key, "TestAudioVAE")
+    prompt.set("LTXVAudioVAELoader", ckpt_name=SOUND_VAE)
     for key in prompt.of("VAELoader"):
         is_audio = "audio" in str(prompt.nodes[key]["inputs"]["vae_name"])
         if is_audio:
-            prompt.replace(key, "TestAudioVAE")
+            prompt.nodes[key]["inputs"]["vae_name"] = SOUND_VAE
         else:
             prompt.redirect(key, 0, [prompt.add("CheckpointLoaderSimple", ckpt_name=bundle), 2])
     # ---- media
@@ -149,6 +153,10 @@ def made_small(graph: dict, version: str, object_info: dict) -> Prompt:
     # ---- what is compared
     for number, key in enumerate(prompt.of("SamplerCustomAdvanced", "SamplerCustom", "KSampler")):
         prompt.add("TestSave", latent=[key, 0], name=f"{{kind}} {number}")
+    for number, key in enumerate(prompt.of(*_DECODERS)):
+        saving = _DECODERS[prompt.nodes[key]["class_type"]]
+        kind = "audio" if saving == "TestSaveSound" else "image"
+        prompt.add(saving, **{kind: [key, 0]}, name=f"{{kind}} decoded {number}")
     return prompt
 
 
@@ -156,7 +164,7 @@ def saved(prompt: Prompt, kind: str) -> tuple[dict, list[str]]:
     """The nodes that lead to what is compared, and the names under which that is saved."""
     nodes = copy.deepcopy(prompt.nodes)
     names, reached = [], {}
-    for key in prompt.of("TestSave"):
+    for key in prompt.of(*_SAVING):
         nodes[key]["inputs"]["name"] = nodes[key]["inputs"]["name"].format(kind=kind)
         names.append(nodes[key]["inputs"]["name"])
         todo = [key]
@@ -185,4 +193,11 @@ def on_workers(prompt: Prompt, workers: int = 2) -> Prompt:
         inputs = prompt.nodes[key]["inputs"]
         prompt.replace(key, "RayUNETLoader", **inputs, ray_actors_init=[init, 0])
         prompt.redirect(key, 0, [key, 1])
+    for key in prompt.of("VAELoader", "LTXVAudioVAELoader"):
+        name = next(iter(prompt.nodes[key]["inputs"].values()))
+        prompt.replace(key, "RayVAELoader", vae_name=name, ray_actors_init=[init, 0])
+        prompt.redirect(key, 0, [key, 1])
+    for key in prompt.of("LatentUpscaleModelLoader"):
+        inputs = prompt.nodes[key]["inputs"]
+        prompt.replace(key, "RayLatentUpscaleModelLoader", **inputs, ray_actors_init=[init, 0])
     return prompt

@@ -82,6 +82,17 @@ def mark_absent(model: nn.Module) -> None:
             setattr(parameter, _NAME, name)
 
 
+def drop_values(model: nn.Module) -> None:
+    """Make a model's parameters absent that have values, such as small ones, which were read: those that count are the workers'.
+
+    Buffers stay: they are for nodes that use them here.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+    mark_absent(model)
+
+
 def _written_by(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
     """The tensor that a call writes into, or gives other data; None for one that only reads."""
     name = getattr(func, "__name__", "")

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import comfy.utils
 
-from rayltx.comfy_dist.comfy_types import VAE, Guider, Model
+from rayltx.comfy_dist.comfy_types import VAE, Guider, Model, Upsampler
+from rayltx.comfy_dist.main_process.auxiliary_link import KeptAuxiliary
 from rayltx.comfy_dist.main_process.loaded_models import Kept, loaded_models
 from rayltx.comfy_dist.main_process.lora_files import LoraFile
 from rayltx.comfy_dist.main_process.loras import with_loras
 from rayltx.comfy_dist.main_process.placement import Placement
-from rayltx.comfy_dist.main_process.remote_vae import KeptVAE, get_vae
+from rayltx.comfy_dist.main_process.remote_upsampler import get_upsampler
+from rayltx.comfy_dist.main_process.remote_vae import get_vae
 from rayltx.comfy_dist.main_process.twin import LoadOptions, TwinPatcher
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import ClusterRequest
@@ -21,7 +23,7 @@ from rayltx.distributed_worker.weight_sharing import Progress
 from rayltx.errors import InputError
 
 _PROGRESS_STEPS = 100
-_KEPT_VAE = "_rayltx_kept_vae"  # of a node
+_KEPT_VAE, _KEPT_UPSAMPLER = "_rayltx_kept_vae", "_rayltx_kept_upsampler"  # of a node
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,21 @@ def request_of(ray_actors: RayActors | None, placement: Placement | None = None)
     current = Cluster.current()
     if current is None or not current.is_alive():
         raise InputError(
-            "no workers run that could take the VAE: connect ray_actors with a Ray loader, or ray_actors_init with Ray Init Actor"
+            "no workers run that could take it: connect ray_actors with a Ray loader, or ray_actors_init with Ray Init Actor"
         )
     return current.request
 
 
 def load_vae(path: str, part: str, request: ClusterRequest, node: object) -> VAE:
     """Load a VAE on the workers. Shows progress, and can be cancelled there. part: see `open_vae`. node: keeps it."""
-    kept = node.__dict__.setdefault(_KEPT_VAE, KeptVAE())
+    kept = node.__dict__.setdefault(_KEPT_VAE, KeptAuxiliary())
     return get_vae(path, part, request, kept, _shown_progress())
+
+
+def load_upsampler(path: str, request: ClusterRequest, node: object) -> Upsampler:
+    """Load an upsampler of latents on the workers, as `load_vae` does a VAE."""
+    kept = node.__dict__.setdefault(_KEPT_UPSAMPLER, KeptAuxiliary())
+    return get_upsampler(path, request, kept, _shown_progress())
 
 
 def let_go_of_vae(node: object) -> None:

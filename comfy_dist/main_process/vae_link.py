@@ -7,16 +7,16 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-import comfy.model_management
 import comfy.utils
 import torch
 from torch import Tensor
 
 from rayltx.comfy_dist.comfy_types import VAE, VAEModel
+from rayltx.comfy_dist.main_process.auxiliary_link import AuxiliaryLink, as_comfyui_says_it
 from rayltx.comfy_dist.main_process.worker_link import raise_if_cancelled
 from rayltx.comfy_dist.random_states import random_state, set_random_state
 from rayltx.comfy_dist.vae_host import Slab, VAECall, VAEHost
@@ -31,19 +31,7 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
 _SETTING = (int, float, str)  # of what type an attribute of the model is that a node can set
-
-
-@dataclass
-class Held:
-    """What the workers hold of a VAE."""
-
-    remote: RemoteModel
-
-    def release(self) -> None:
-        """Let the workers forget it. Nothing is waited for."""
-        self.remote.release_unless_busy()
 
 
 @dataclass
@@ -53,11 +41,13 @@ class _Asked(Exception):
     call: Call[VAEHost, Tensor]
 
 
-class VAELink:
-    """Of one VAE. Copies of it have the same."""
+class VAELink(AuxiliaryLink):
+    """Of one VAE."""
+
+    kind = "VAE"
 
     def __init__(self, cluster: Cluster, remote: RemoteModel, vae: VAE) -> None:
-        self.cluster, self.held = cluster, Held(remote)
+        super().__init__(cluster, remote)
         self._device, self._dtype, self._channels = vae.device, vae.vae_dtype, vae.latent_channels
         self._made_of = _modules_of(vae.first_stage_model)
         self._is_noisy = _draws_noise(vae.first_stage_model)
@@ -68,32 +58,12 @@ class VAELink:
         self._draws: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
         self._told: set[str] = set()
 
-    def __deepcopy__(self, memo: object) -> VAELink:
-        return self
-
     @property
     def _config(self) -> ParallelConfig:
         """How the workers form a group now: another would have to be formed for each change between sampling and decoding."""
         return self.cluster.group.config or ParallelConfig.for_workers(self.cluster.request.workers)
 
-    @property
-    def remote(self) -> RemoteModel:
-        return self.held.remote
-
-    def ensure_loaded(self) -> None:
-        """Have it on the workers that run now: those that had it may have ended, or others may have taken their place.
-
-        The VAE follows the MODEL, so that a graph's two never end each other's workers. Starts workers if none run.
-        """
-        current = Cluster.current()
-        running = current is not None and current.is_alive()
-        cluster = current if current is not None and running else Cluster.start(self.cluster.request)
-        if cluster is self.cluster and not self.remote.is_lost:
-            return
-        logger.warning("the Ray workers do not have this VAE any more: loading it again")
-        self.held.release()
-        with cluster.group.polling(raise_if_cancelled):
-            self.cluster, self.held.remote = cluster, cluster.load_source(self.remote.source)
+    def _loaded_again(self) -> None:
         self._proved.clear()
 
     # ---- calls of the model
@@ -106,7 +76,7 @@ class VAELink:
             raise _Asked(ask(VAEHost.decode, self._call(model, x, options, draws=True)))
         else:
             self.ensure_loaded()
-            with _as_comfyui_says_it("decoding"):
+            with as_comfyui_says_it("decoding"):
                 out = self._whole(model, x, output_buffer, options)
             self._rest()
         if output_buffer is None or out is output_buffer:
@@ -122,14 +92,10 @@ class VAELink:
         if self._asking:
             raise _Asked(asked)
         self.ensure_loaded()
-        with _as_comfyui_says_it("encoding"):
+        with as_comfyui_says_it("encoding"):
             found = self._on_one(asked, "encoding")
         self._rest()
         return found
-
-    def _rest(self) -> None:
-        """What the workers gave is here: they keep what they shared until they are asked for something else."""
-        self.remote.tell(ask(VAEHost.rest))
 
     def _call(self, model: VAEModel, x: Tensor, options: Mapping[str, Any], draws: bool = False) -> VAECall:
         if _modules_of(model) != self._made_of:
@@ -161,12 +127,6 @@ class VAELink:
             asked = ask(VAEHost.draws, dataclasses.replace(call, x=torch.empty_like(call.x, device="cpu")))
             self._draws[key] = self.remote.call(asked, "counting noise", [0])[0]
         return self._draws[key]
-
-    def _on_one(self, call: Call[VAEHost, Tensor], what: str) -> Tensor:
-        return next(iter(self._spread([call], what)))
-
-    def _spread(self, calls: Iterable[Call[VAEHost, Tensor]], what: str) -> Generator[Tensor, None, None]:
-        yield from self.remote.spread(calls, what, raise_if_cancelled)
 
     # ---- a whole video
 
@@ -258,7 +218,7 @@ class VAELink:
             finally:
                 self._tile = None
 
-        with contextlib.closing(answers), _as_comfyui_says_it("tiles"):
+        with contextlib.closing(answers), as_comfyui_says_it("tiles"):
             found = scale(**{**arguments, "function": answer, "pbar": bar})
         self._rest()
         return found
@@ -310,15 +270,6 @@ def _places_of(scale: Callable[..., Tensor], arguments: Mapping[str, Any]) -> li
 
     scale(**{**arguments, "samples": whole, "function": note, "output_device": "meta", "pbar": None})
     return places
-
-
-@contextlib.contextmanager
-def _as_comfyui_says_it(what: str) -> Iterator[None]:
-    """Memory that runs out in a worker is to ComfyUI what its own is: it tries again by tiles."""
-    try:
-        yield
-    except OutOfMemory as error:
-        raise comfy.model_management.OOM_EXCEPTION(f"{what}: {error}") from error
 
 
 def _draws_noise(model: VAEModel) -> bool:

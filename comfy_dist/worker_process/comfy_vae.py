@@ -16,56 +16,34 @@ from rayltx.comfy_dist.comfy_types import VAE
 from rayltx.comfy_dist.random_states import random_state, set_random_state
 from rayltx.comfy_dist.vae_building import build_vae
 from rayltx.comfy_dist.vae_host import Slab, VAECall, VAEHost, VAESpec
-from rayltx.comfy_dist.worker_process.shared_patcher import SharedWeightPatcher
+from rayltx.comfy_dist.worker_process.auxiliary_model import AuxiliaryModel
 from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs, chunks_of, decode_slab
-from rayltx.distributed_worker.freed_memory import give_back_freed_memory
-from rayltx.distributed_worker.messages import INLINE_BYTES
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
 # How far sums in another order may take a decoded video, of its largest value: some times what was seen on CPU ranks, 4e-6 in
 # float32, 8e-4 in float16 and 7e-3 in bfloat16. Without the borders it was 0.08 at least.
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 0.03}
-_ALIGNMENT = 64  # bytes; of torch's memory
 
 
-class VAEPatcher(SharedWeightPatcher):
-    """Without blocks to stream: a VAE is on the device as a whole while it runs."""
-
-    def _reserved_for_streaming(self, budget: float) -> int:
-        return 0
-
-
-class ComfyVAE(VAEHost):
+class ComfyVAE(AuxiliaryModel, VAEHost):
     """What it can be asked is described in `VAEHost`."""
 
     def __init__(self, spec: VAESpec, device: str) -> None:
+        super().__init__()
         self._spec = spec
-        self._given: dict[str, Tensor] = {}
         self._vae: VAE = None
 
-    # ---- loading
+    def _build(self) -> nn.Module:
+        self._vae = build_vae(self._given, self._spec.metadata, self._spec.dtype)
+        return self._vae.first_stage_model
 
-    def assign(self, tensors: Mapping[str, Tensor]) -> None:
-        self._given.update({name: _aligned(tensor) for name, tensor in tensors.items()})
+    def _device(self) -> torch.device:
+        return self._vae.device
 
     def finish_loading(self) -> None:
-        with torch.inference_mode():
-            self._vae = build_vae(self._given, self._spec.metadata, self._spec.dtype)
-        model = self._vae.first_stage_model
-        absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        assert not absent, f"parameters without weights: {absent[:5]}"
-        model.requires_grad_(False)
-        self._vae.patcher = VAEPatcher(model, load_device=self._vae.device, offload_device=torch.device("cpu"))
-
-    def parameters(self) -> Mapping[str, Tensor]:
-        return self._given
-
-    def module(self, name: str) -> nn.Module:
-        return self._vae.first_stage_model.get_submodule(name)
-
-    def close(self) -> None:
-        self.unload()
+        super().finish_loading()
+        self._vae.patcher = self._patcher
 
     # ---- calls
 
@@ -132,34 +110,11 @@ class ComfyVAE(VAEHost):
             with chunks_of(vae.first_stage_model, call.chunk_bytes):
                 yield
 
-    # ---- memory
-
-    def rest(self) -> None:
-        give_back_freed_memory()
-        management.soft_empty_cache()  # for what shares the card
-
-    def unload(self) -> None:
-        with torch.inference_mode():
-            for loaded in list(management.current_loaded_models):
-                if self._vae is not None and loaded.model is self._vae.patcher:
-                    loaded.model_unload()
-                    management.current_loaded_models.remove(loaded)
-            management.soft_empty_cache()
-
-    def free_bytes(self) -> int:
-        return int(management.get_free_memory(self._vae.device))
-
 
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     if dtype is torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         return _TOLERANCE[torch.float16]  # as many digits
     return _TOLERANCE[dtype]
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """A small tensor as torch allocates one: on the CPU the last bits of a product can differ with where its numbers lie."""
-    is_small = tensor.nbytes < INLINE_BYTES
-    return tensor.clone() if is_small and tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def _set(model: nn.Module, settings: Mapping[str, object]) -> None:

@@ -10,10 +10,10 @@ import json
 import pytest
 from comfy_browser import page_on
 from comfy_checkout import find_comfyui
-from comfy_models import CONFIGS, save_tiny_bundle, save_tiny_checkpoint, save_tiny_upscaler
+from comfy_models import CONFIGS, save_tiny_bundle, save_tiny_checkpoint, save_tiny_upscaler, save_tiny_vae
 from comfy_scenarios import make_lora
 from comfy_server import Server
-from official_graphs import BUNDLE, LORA, NOT_HERE, UPSCALER, made_small, official_graphs, on_workers, saved
+from official_graphs import BUNDLE, LORA, NOT_HERE, SOUND_VAE, UPSCALER, made_small, official_graphs, on_workers, saved
 from safetensors.torch import load_file, save_file
 
 from rayltx.diffusion_models.lightricks.relative_error import worst_error
@@ -28,7 +28,7 @@ GRAPHS = official_graphs(COMFYUI) if COMFYUI else []
 def server(comfy, tmp_path_factory):
     base = tmp_path_factory.mktemp("official graphs")
     models = base / "models"
-    for folder in ("checkpoints", "diffusion_models", "loras", "latent_upscale_models"):
+    for folder in ("checkpoints", "diffusion_models", "loras", "latent_upscale_models", "vae"):
         (models / folder).mkdir(parents=True)
     for version in CONFIGS:
         save_tiny_bundle(models / "checkpoints" / BUNDLE.format(version=version), version)
@@ -36,6 +36,8 @@ def server(comfy, tmp_path_factory):
         metadata = {"reference_downscale_factor": "2"}
         save_file(make_lora(CONFIGS[version]), models / "loras" / LORA.format(version=version), metadata=metadata)
     save_tiny_upscaler(models / "latent_upscale_models" / UPSCALER)
+    for folder in ("vae", "checkpoints"):
+        save_tiny_vae(models / folder / SOUND_VAE, "sound")
     server = Server(COMFYUI, base)
     yield server
     server.stop()

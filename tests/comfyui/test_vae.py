@@ -25,7 +25,8 @@ def vaes(cluster, tmp_path_factory):
     import comfy.sd
     import comfy.utils
 
-    from rayltx.comfy_dist.main_process.remote_vae import KeptVAE, get_vae
+    from rayltx.comfy_dist.main_process.auxiliary_link import KeptAuxiliary
+    from rayltx.comfy_dist.main_process.remote_vae import get_vae
 
     folder = tmp_path_factory.mktemp("vae")
     found, kept = {}, []
@@ -37,7 +38,7 @@ def vaes(cluster, tmp_path_factory):
             path = folder / f"{kind}.safetensors"
             save_tiny_vae(path, kind)
             tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
-            kept.append(KeptVAE())
+            kept.append(KeptAuxiliary())
             found[kind] = (
                 comfy.sd.VAE(sd=tensors, metadata=metadata),
                 get_vae(str(path), "auto", cluster.request, kept[-1]),

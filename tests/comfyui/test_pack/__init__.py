@@ -81,6 +81,10 @@ def save_image(image, name):
     return save({"samples": image.contiguous()}, name)
 
 
+def save_sound(audio, name):
+    return save({"samples": audio["waveform"].contiguous()}, name)
+
+
 NODE_CLASS_MAPPINGS = {
     "TestConditioning": _node(
         {"seed": _int(), "width": _int(), "masked": ("INT", {"default": 3, "min": -1})}, ("CONDITIONING",), conditioning
@@ -96,5 +100,6 @@ NODE_CLASS_MAPPINGS = {
     "TestVAE": _node({}, ("VAE",), lambda: (scenarios.LinearVAE(),)),
     "TestSigmas": _node({"text": ("STRING",)}, ("SIGMAS",), sigmas),
     "TestSaveImage": _node({"image": ("IMAGE",), "name": ("STRING",)}, (), save_image, output_node=True),
+    "TestSaveSound": _node({"audio": ("AUDIO",), "name": ("STRING",)}, (), save_sound, output_node=True),
     "TestSave": _node({"latent": ("LATENT",), "name": ("STRING",)}, (), save, output_node=True),
 }
