@@ -43,7 +43,7 @@ def server(comfy, tmp_path_factory):
     for folder in MODEL_FOLDERS:
         (models / folder).mkdir(parents=True)
         for name in EXAMPLE_NAMES:  # empty files, for validation to find
-            for file in re.findall(r'"([^"]+\.(?:safetensors|gguf))"', (EXAMPLES / f"{name}.json").read_text()):
+            for file in re.findall(r'"([^"/]+\.(?:safetensors|gguf))"', (EXAMPLES / f"{name}.json").read_text()):
                 (models / folder / file).touch()
     save_tiny_checkpoint(models / "diffusion_models" / "tiny.safetensors", "LTX-Video")
     (base / "input").mkdir()
