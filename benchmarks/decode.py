@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "importable"))
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "importable"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
 import torch.distributed as dist
