@@ -154,6 +154,11 @@ class RankGroup:
         """A worker is gone, or does not answer: `ensure_whole` replaces it."""
         self._broken = True
 
+    def disband(self) -> None:
+        """The ranks may be out of step: one has exchanged less than the others. They form their group anew when it is needed."""
+        self._config = None
+        self.tell_all(ask(Worker.leave, after_failure=True))
+
     def abandon(self, answers: Mapping[int, Answer], what: str, timeout_s: float) -> None:
         """Leave calls of single workers to themselves. What comes next waits for them."""
         self._abandoned = _CallsUnderWay(answers, what, timeout_s, self._request.workers, is_collective=False)
@@ -253,8 +258,7 @@ class RankGroup:
             elif calls.is_collective:
                 # Nobody is out of step, but a rank that fails in a collective call leaves its group. On a GPU one that has
                 # answered may have kernels that wait for others: they end before anything synchronises with the device.
-                self._config = None
-                self.tell_all(ask(Worker.leave, after_failure=True))
+                self.disband()
             raise
         except ClusterError:
             self._broken = True

@@ -139,6 +139,10 @@ class RemoteModel:
         answers = self._together(call, config, what, timeout_s, poll, repeats, again)
         return unpack(answers[0])
 
+    def disband(self) -> None:
+        """See `RankGroup.disband`."""
+        self._group.disband()
+
     def forward_on_each(
         self, inputs: object, config: ParallelConfig, what: str = "the step", poll: Callable[[], None] | None = None
     ) -> list[Any]:

@@ -30,6 +30,10 @@ class FailingHost(DiffusersHost):
         kind, rank, path = inputs.pop("fail", (None, None, None))
         if kind == "alike":
             raise RuntimeError("every rank is out of patience")
+        if kind == "one exchange more":
+            if group.rank == rank:
+                dist.all_reduce(torch.ones(1), async_op=True)
+            return torch.zeros(())
         if kind == "user error":
             raise InputError("seed=-1 must not be negative")
         if kind == "out of memory while others wait":

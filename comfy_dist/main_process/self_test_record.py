@@ -117,7 +117,10 @@ def _send_as_projected(remote: RemoteModel, on: bool) -> None:
 def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float | str]:
     """The self-test's errors by kind of input, on the ranks of a group. Raises as `RemoteModel.call_together`."""
     call = ask_together(ComfyHost.self_test)
-    return remote.call_together(call, config, "the self-test", remote.call_timeout_s, again=RANK_LOST)
+    errors = remote.call_together(call, config, "the self-test", remote.call_timeout_s, again=RANK_LOST)
+    if wrong_cases(errors):
+        remote.disband()  # a rank that could not go on with a case has not exchanged all that the others have
+    return errors
 
 
 def ask_differences(remote: RemoteModel, config: ParallelConfig) -> dict[str, Difference]:

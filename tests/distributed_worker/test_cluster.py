@@ -174,6 +174,16 @@ def test_ranks_that_fail_alike_are_reported_and_kept(cluster, loaded):
     assert [info.pid for info in cluster.workers()] == pids
 
 
+def test_ranks_out_of_step_form_their_group_anew(cluster, loaded):
+    """Left in it, the next forward's first exchange would meet the one that nobody has answered."""
+    remote, inputs, reference = loaded
+    pids = [info.pid for info in cluster.workers()]
+    remote.forward({**inputs, "fail": ("one exchange more", 1, None)}, ParallelConfig(2, 1))
+    remote.disband()
+    assert worst_error(remote.forward(inputs, ParallelConfig(2, 1)), reference) < 2e-6
+    assert [info.pid for info in cluster.workers()] == pids
+
+
 def test_a_silent_rank_is_named_and_replaced(cluster, loaded, tmp_path, monkeypatch):
     remote, inputs, reference = loaded
     monkeypatch.setattr("rayltx.distributed_worker.outcomes.GRACE_S", 2.0)
