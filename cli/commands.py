@@ -91,9 +91,21 @@ def generate(
     checkpoint: Annotated[
         Path | None, typer.Argument(help="An LTX .safetensors file; without one, the demo's.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help='For the demo checkpoint: "red circle right", ...')] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help='What is to be seen; for the demo checkpoint: "red circle right", ...')
+    ] = None,
+    negative: Annotated[str, typer.Option(help="What is not, for a text encoder.")] = "",
     conditioning: Annotated[
         Path | None, typer.Option(help="Text conditioning, .safetensors; see the documentation.")
+    ] = None,
+    text_encoder: Annotated[
+        list[Path] | None, typer.Option(help="A file of the model's text encoder, for --comfyui. May be repeated.")
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="The file of the VAE, for --comfyui; without: the checkpoint.")
+    ] = None,
+    audio_vae: Annotated[
+        Path | None, typer.Option(help="The file of the VAE of sound, for --comfyui; without: the checkpoint.")
     ] = None,
     width: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 192,
     height: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 192,
@@ -122,11 +134,13 @@ def generate(
     verify: Annotated[bool, typer.Option(help="Sample again on one worker, and print the difference.")] = False,
 ) -> None:
     """Generate a clip."""
-    from rayltx.cli.generate import GenerateOptions, run_generate
+    from rayltx.cli.generate import run_generate
+    from rayltx.cli.generate_options import GenerateOptions
 
     run_generate(
         GenerateOptions(
-            checkpoint=checkpoint, prompt=prompt, conditioning=conditioning, width=width, height=height, frames=frames,
+            checkpoint=checkpoint, prompt=prompt, negative=negative, conditioning=conditioning,
+            text_encoders=text_encoder or [], vae=vae, audio_vae=audio_vae, width=width, height=height, frames=frames,
             frame_rate=frame_rate, steps=steps, sigmas=sigmas, cfg=cfg, seed=seed, chunks=chunks, dtype=dtype.value,
             outputs=output or [Path("output/rayltx.mp4")], verify=verify, comfyui=comfyui,
             cluster=_cluster_options(

@@ -1,9 +1,9 @@
-"""The demo's stand-in for a video VAE: a fixed linear map between pixels and LTX-shaped latents.
+"""What the demo's latents are: a fixed linear map between pixels and LTX-shaped latents, which its VAE was taught.
 
 LTX's latents hold 128 numbers for every block of 8 pixel frames x 32 x 32 pixels, and for the first pixel frame alone.
 Here those numbers are the 128 lowest frequencies of the block's orthonormal 3-D cosine transform (DCT-II) in a
 luma/chroma basis. Any latent is decoded and encoded back unchanged, up to rounding; a clip comes back as its
-low frequencies, which is a blurred clip. There is nothing to learn and nothing to store.
+low frequencies, which is a blurred clip.
 
 Letters in shapes: F pixel frames, H, W pixel height and width, f, h, w the same in latents, C = 128 channels.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rayltx.demo.clips import BACKGROUND
 
-BLOCK = (8, 32, 32)
 NUM_CHANNELS = 128
+_KEPT = 8  # frequencies of 32 in a row and a column, of which 128 in all are kept
 
 # JFIF's luma/chroma basis (ITU-T T.871).
 _YCC_FROM_RGB = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
@@ -43,14 +43,14 @@ def _channels() -> list[tuple[float, int, int, int, int]]:
         (math.hypot(ky, kx) + 1.5 * kt + (2.0 if component else 0.0), component, kt, ky, kx)
         for component in range(3)
         for kt in range(8)
-        for ky in range(8)
-        for kx in range(8)
+        for ky in range(_KEPT)
+        for kx in range(_KEPT)
     ]
     return sorted(candidates)[:NUM_CHANNELS]
 
 
 _CHANNELS = _channels()
-_INDEX = torch.tensor([(c * 8 + kt) * 1024 + ky * 32 + kx for _, c, kt, ky, kx in _CHANNELS])
+_INDEX = torch.tensor([((c * 8 + kt) * _KEPT + ky) * _KEPT + kx for _, c, kt, ky, kx in _CHANNELS])
 
 
 def _spread(cost: float, component: int) -> float:
@@ -65,7 +65,7 @@ def _spread(cost: float, component: int) -> float:
 
 SPREAD = torch.tensor([_spread(cost, component) for cost, component, *_ in _CHANNELS])
 _OFFSET = (2.0 * torch.tensor(BACKGROUND) - 1.0) @ _YCC_FROM_RGB.T  # the background is the zero of every latent
-_DCT8, _DCT32 = _cosine_basis(8), _cosine_basis(32)
+_DCT8, _DCT32 = _cosine_basis(8), _cosine_basis(32)[:_KEPT]
 
 
 def pixels_to_latent(clip: Tensor) -> Tensor:
@@ -85,7 +85,9 @@ def pixels_to_latent(clip: Tensor) -> Tensor:
     components = (2.0 * clip.float() - 1.0) @ _YCC_FROM_RGB.T - _OFFSET
     components = torch.cat([components[:1].expand(8, -1, -1, -1), components[1:]])  # the first latent is one frame
     blocks = components.view(latent_frames, 8, rows, 32, columns, 32, 3)
-    spectrum = torch.einsum("ftyaxbc,it,ja,kb->fyxcijk", blocks, _DCT8, _DCT32, _DCT32)
+    in_rows = torch.einsum("ftyaxbc,kb->ftyaxck", blocks, _DCT32)
+    in_both = torch.einsum("ftyaxck,ja->ftyxcjk", in_rows, _DCT32)
+    spectrum = torch.einsum("ftyxcjk,it->fyxcijk", in_both, _DCT8)
     latent = spectrum.reshape(latent_frames, rows, columns, -1)[..., _INDEX] / SPREAD
     return latent.permute(3, 0, 1, 2).contiguous()
 
@@ -94,9 +96,9 @@ def latent_to_pixels(latent: Tensor) -> Tensor:
     """Decode a latent (C, f, h, w), any float dtype, to a clip (8 (f-1) + 1, 32 h, 32 w, 3) float32 in [0, 1]."""
     _, latent_frames, rows, columns = latent.shape
     coefficients = latent.float().permute(1, 2, 3, 0) * SPREAD
-    spectrum = torch.zeros(latent_frames, rows, columns, 3 * 8 * 1024)
+    spectrum = torch.zeros(latent_frames, rows, columns, 3 * 8 * _KEPT**2)
     spectrum[..., _INDEX] = coefficients
-    spectrum = spectrum.view(latent_frames, rows, columns, 3, 8, 32, 32)
+    spectrum = spectrum.view(latent_frames, rows, columns, 3, 8, _KEPT, _KEPT)
     blocks = torch.einsum("fyxcijk,it,ja,kb->ftyaxbc", spectrum, _DCT8, _DCT32, _DCT32)
     components = blocks.reshape(latent_frames * 8, rows * 32, columns * 32, 3)
     # The first latent stands for one pixel frame: the mean of its eight, which is what its still part says.

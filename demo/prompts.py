@@ -12,6 +12,7 @@ from torch import Tensor
 from rayltx.demo.clips import COLOURS, MOTIONS, SHAPES, Scene
 from rayltx.errors import InputError
 
+DEFAULT_PROMPT = "red-circle-right"
 NUM_TOKENS = 8
 CONTEXT_DIM = 64
 VOCABULARY = (*COLOURS, *SHAPES, *MOTIONS)

@@ -13,23 +13,26 @@ import copy
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import LTXVideoTransformer3DModel
+from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayltx.demo.clips import COLOURS, MOTIONS, SHAPES, Scene, render_clip
 from rayltx.demo.pixels import SPREAD, pixels_to_latent
 from rayltx.demo.prompts import CONTEXT_DIM, scene_context
+from rayltx.demo.vae import CHECKPOINT, MODEL_VERSION, official_config, official_tensors
 from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape, video_positions
+from rayltx.whole_files import appearing_whole
 
 NUM_HEADS, HEAD_DIM, NUM_LAYERS, CHANNELS = 4, 32, 6, 128
 FRAME_RATE = 24.0
 SCENES = [Scene(c, s, m) for c in COLOURS for s in SHAPES for m in MOTIONS]
 # Latent (frames, height, width), each with the clips rendered per scene.
-BUCKETS = [((6, 6, 6), 60), ((5, 5, 8), 20), ((5, 8, 5), 20), ((4, 7, 7), 20)]
+BUCKETS = [((6, 8, 8), 20), ((6, 6, 6), 40), ((5, 5, 8), 20), ((5, 8, 5), 20), ((4, 7, 7), 20)]
 
 TRANSFORMER_CONFIG = {
     "_class_name": "Transformer3DModel",
@@ -80,21 +83,27 @@ def render_bucket(
     return torch.stack(latents), torch.tensor(indices)
 
 
-def save_official(model: LTXVideoTransformer3DModel, path: Path) -> None:
-    """Write the weights under their official names, with the metadata that model detection needs."""
+def save_official(model: LTXVideoTransformer3DModel, path: Path, vae: AutoencoderKLLTXVideo | None = None) -> None:
+    """Write the weights under their official names, with the metadata that model detection needs. The VAE's as float16."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         for theirs, official in OFFICIAL_NAMES.items():
             name = name.replace(theirs, official)
         tensors[OFFICIAL_PREFIX + name] = tensor.float().contiguous()
-    config = {"transformer": TRANSFORMER_CONFIG, "pixel_mapping": "rayltx-dct-8x32x32"}
-    save_file(tensors, path, metadata={"config": json.dumps(config), "model_version": "rayltx-demo-1"})
+    config: dict[str, Any] = {"transformer": TRANSFORMER_CONFIG}
+    if vae is not None:
+        config["vae"] = official_config()
+        tensors |= {name: tensor.half().contiguous() for name, tensor in official_tensors(vae).items()}
+    with appearing_whole(path) as temporary:  # it may be the file that was begun with
+        save_file(tensors, temporary, metadata={"config": json.dumps(config), "model_version": MODEL_VERSION})
 
 
 def load_official(model: LTXVideoTransformer3DModel, path: Path) -> None:
     """The weights of a checkpoint that `save_official` wrote: the inverse of its renaming."""
     tensors = {}
     for name, tensor in load_file(path).items():
+        if not name.startswith(OFFICIAL_PREFIX):
+            continue
         name = name.removeprefix(OFFICIAL_PREFIX)
         for theirs, official in OFFICIAL_NAMES.items():
             name = name.replace(official, theirs)
@@ -162,7 +171,7 @@ def train(output: Path, steps: int, batch_size: int, seed: int, learning_rate: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("shapes.safetensors"))
+    parser.add_argument("--output", type=Path, default=CHECKPOINT)
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

@@ -7,8 +7,9 @@ from typing import Any
 from rayltx.comfy_dist.dtype_choices import WEIGHT_DTYPES
 
 CATEGORY = "Raylight"
-# Words by which ComfyUI's search finds what one begins with.
-BEGINNING = ["multi gpu", "multiple gpus", "several gpus", "parallel", "distributed", "ltx", "ray"]
+# Words by which ComfyUI's search finds what one begins with. Other nodes have none of them: among those that a word finds
+# alike, the search prefers names of the word's length.
+BEGINNING = ["multi gpu", "multiple gpus", "several gpus", "two gpus", "parallel", "distributed", "ltx", "ray"]
 CUSTOM_SAMPLING = "Raylight/extra/custom_sampling"
 Schema = dict[str, Any]
 Definition = tuple[Any, dict[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayltx.comfy_dist.dtype_choices import GGUF_DTYPES
-from rayltx.nodes.inputs import BEGINNING, CATEGORY, MAX_VRAM, WEIGHT_DTYPE, Schema, advanced
+from rayltx.nodes.inputs import CATEGORY, MAX_VRAM, WEIGHT_DTYPE, Schema, advanced
 from rayltx.nodes.model_files import file_names, gguf_folders, path_of
 from rayltx.nodes.requirements_check import require_packages
 
@@ -23,7 +23,6 @@ class RayUNETLoader:
     """A checkpoint onto the workers."""
 
     CATEGORY = CATEGORY
-    SEARCH_ALIASES = BEGINNING
     RETURN_TYPES = ("RAY_ACTORS", "MODEL")
     RETURN_NAMES = _ACTOR_NAMES
     OUTPUT_TOOLTIPS = _ACTOR_TOOLTIPS
@@ -62,7 +61,6 @@ class RayCheckpointLoader:
     """A checkpoint that holds the VAE, and maybe the text encoder, next to the model."""
 
     CATEGORY = CATEGORY
-    SEARCH_ALIASES = BEGINNING
     # The first three as ComfyUI's Load Checkpoint has them, whose place it takes.
     RETURN_TYPES = ("MODEL", "CLIP", "VAE", "RAY_ACTORS")
     RETURN_NAMES = ("model", "clip", "vae", "ray_actors")
@@ -119,7 +117,6 @@ class RayGGUFLoader:
     """A GGUF file onto the workers."""
 
     CATEGORY = CATEGORY
-    SEARCH_ALIASES = BEGINNING
     RETURN_TYPES = ("RAY_ACTORS", "MODEL")
     RETURN_NAMES = _ACTOR_NAMES
     OUTPUT_TOOLTIPS = _ACTOR_TOOLTIPS

@@ -113,7 +113,7 @@ class RayLTX:
         clip = None if self._parts is None else self._parts.clip
         info = _info(path, placement, vae_name, not isinstance(vae, AbsentVAE), clip is not None)
         logger.info("%s", info.replace("\n", "; "))
-        _show(info, unique_id)
+        _show(f"{_workers(placement)}:\n{placement.config}", unique_id)
         return actors.model, vae, clip, info
 
     def _forget_other_parts(self, path: str) -> None:
@@ -136,18 +136,21 @@ def _check_dtype(path: str, weight_dtype: str) -> None:
 
 def _info(path: str, placement: Any, vae_name: str, has_vae: bool, has_clip: bool) -> str:
     """Two lines: who works on it and how they share it; where the rest comes from."""
-    request = placement.request
-    workers = f"{request.workers} worker{'s' if request.workers > 1 else ''} ({request.device})"
     if vae_name == FROM_THE_FILE:
         vae = "VAE from the file" if has_vae else "no VAE in the file"
     else:
         vae = f"VAE {vae_name}"
     clip = "text encoder from the file" if has_clip else "no text encoder in the file"
-    return f"{os.path.basename(path)} on {workers}: {placement.config}\n{vae}, {clip}"
+    return f"{os.path.basename(path)} on {_workers(placement)}: {placement.config}\n{vae}, {clip}"
+
+
+def _workers(placement: Any) -> str:
+    request = placement.request
+    return f"{request.workers} worker{'s' if request.workers > 1 else ''} ({request.device})"
 
 
 def _show(text: str, node_id: str | None) -> None:
-    """On the node itself, as ComfyUI's own nodes show what they are told."""
+    """On the node itself, as ComfyUI's own nodes show what they are told. There is room for two short lines."""
     if node_id is not None:
         from server import PromptServer
 

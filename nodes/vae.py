@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayltx.nodes.inputs import BEGINNING, CATEGORY, Definition, Schema, advanced
+from rayltx.nodes.inputs import CATEGORY, Definition, Schema, advanced
 from rayltx.nodes.model_files import file_names, path_of
 from rayltx.nodes.requirements_check import require_packages
 
@@ -33,7 +33,6 @@ class RayVAELoader:
     """A VAE onto the workers."""
 
     CATEGORY = CATEGORY
-    SEARCH_ALIASES = BEGINNING
     RETURN_TYPES = ("RAY_VAE", "VAE")
     RETURN_NAMES = ("ray_vae", "vae")
     OUTPUT_TOOLTIPS = ("For Distributed VAE (Ray).", "For every node of ComfyUI that takes a VAE.")
@@ -76,14 +75,13 @@ class RayLatentUpscaleModelLoader:
     """An upsampler of latents onto the workers."""
 
     CATEGORY = CATEGORY
-    SEARCH_ALIASES = BEGINNING
     RETURN_TYPES = ("LATENT_UPSCALE_MODEL",)
     RETURN_NAMES = ("upscale_model",)
     OUTPUT_TOOLTIPS = ("For LTXVLatentUpsampler.",)
     FUNCTION = "load_upsampler"
     DESCRIPTION = (
-        "Loads an upsampler of LTX's latents once, for all workers. One of them runs it: the latent is that of ComfyUI's own "
-        "loader, and ComfyUI's card keeps its memory."
+        "Loads an upsampler of LTX's latents once, for all workers. One of them runs it, and the latent is that of ComfyUI's own "
+        "loader."
     )
 
     @classmethod

@@ -5,6 +5,7 @@
 # folder, or ~/comfy/ComfyUI; COMFYUI_PYTHON, or an environment named venv or .venv in the checkout or next to it.
 # Elsewhere they are skipped, and say so.
 set -euo pipefail
+EXTRAS=cli,test
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 "$PYTHON" -m ruff check .

@@ -72,11 +72,12 @@ def _serve(pipe) -> None:
             try:
                 with torch.inference_mode():
                     answer = True, function(*args)
-            finally:
                 # A rank that leaves closes connections that a slower one may still be making. They meet in the file,
-                # not by dist.barrier: a rank that failed, or exchanged less than the others, still comes here.
+                # not by dist.barrier, which one that has exchanged less than the others would not pass.
                 store.set(f"done {rank}", "")
                 store.wait([f"done {other}" for other in range(world_size)], datetime.timedelta(seconds=60))
+            finally:
+                store.set(f"done {rank}", "")  # one that failed does not wait: others may wait for it
                 dist.destroy_process_group()
         except Exception:  # the process boundary
             answer = False, traceback.format_exc()

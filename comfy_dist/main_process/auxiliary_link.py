@@ -104,10 +104,14 @@ class LivingLinks:
     def __init__(self) -> None:
         self._links: weakref.WeakValueDictionary[tuple[FileState, tuple[str, ...]], Any] = weakref.WeakValueDictionary()
 
-    def get(self, checkpoint: Checkpoint, request: ClusterRequest, load: Callable[[], _Link]) -> _Link:
-        """The link of what is loaded from a file, on workers that run; else what `load` gives."""
+    def get(
+        self, checkpoint: Checkpoint, request: ClusterRequest, load: Callable[[], _Link], kept: KeptAuxiliary | None
+    ) -> _Link:
+        """The link of what is loaded from a file, on workers that run; else what `load` gives, without what was kept."""
         source = FileState.of(checkpoint.path), tuple(checkpoint.tensors)
         link: _Link | None = self._links.get(source)
+        if kept is not None:
+            kept.model = None  # which may have been what kept the link
         if link is not None:
             Cluster.start(request)
             link.ensure_loaded()

@@ -7,6 +7,7 @@ from typing import Any
 
 CUSTOM_SAMPLING = "comfy_extras.nodes_custom_sampler"
 LIGHTRICKS = "comfy_extras.nodes_lt"
+SOUND = "comfy_extras.nodes_lt_audio"
 
 
 def call_node(module: str, name: str, **inputs: Any) -> tuple[Any, ...]:

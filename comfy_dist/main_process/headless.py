@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, enter, is_comfyui
 from rayltx.comfy_dist.comfy_host import COMFY_HOST
-from rayltx.comfy_dist.comfy_types import Conditioning, Model
+from rayltx.comfy_dist.comfy_types import VAE, Conditioning, Model
+from rayltx.comfy_dist.main_process.comfy_nodes import LIGHTRICKS, SOUND, call_node
 from rayltx.comfy_dist.main_process.self_test_record import ask_errors
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import ClusterRequest
-from rayltx.errors import InputError
+from rayltx.errors import InputError, first_line
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 
@@ -48,12 +50,53 @@ def comfyui_schedule(steps: int, video: Tensor) -> Tensor:
     return out.result[0]
 
 
+def encode_text(
+    paths: Sequence[Path], prompts: tuple[str, str], frame_rate: float
+) -> tuple[Conditioning, Conditioning]:
+    """Positive and negative prompt, by ComfyUI's text encoder, of which nothing stays in memory. paths: its files.
+
+    Raises InputError where ComfyUI makes none of them.
+    """
+    import comfy.model_management
+    import comfy.sd
+
+    with torch.inference_mode():
+        try:
+            clip = comfy.sd.load_clip([str(path) for path in paths], clip_type=comfy.sd.CLIPType.LTXV)
+            sides = [call_node("nodes", "CLIPTextEncode", clip=clip, text=prompt)[0] for prompt in prompts]
+        except Exception as error:  # ComfyUI's loader raises anything for files that it does not know
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise InputError(
+                f"text-encoder: ComfyUI makes no text encoder of LTX's of {', '.join(map(str, paths))} "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+        positive, negative = call_node(
+            LIGHTRICKS, "LTXVConditioning", positive=sides[0], negative=sides[1], frame_rate=frame_rate
+        )[:2]
+        del clip
+        comfy.model_management.unload_all_models()
+        gc.collect()
+    return positive, negative
+
+
+def decode_video(vae: VAE, latent: Tensor) -> Tensor:
+    """(1, C, f, h, w) to (pixel frames, height, width, 3) float32 in [0, 1]."""
+    return call_node("nodes", "VAEDecode", vae=vae, samples={"samples": latent})[0].float()
+
+
+def decode_sound(vae: VAE, latent: Tensor) -> tuple[Tensor, int]:
+    """(1, 8, tokens, 16) to (channels, samples) float32 in [-1, 1], and how many samples there are in a second."""
+    sound = call_node(SOUND, "LTXVAudioVAEDecode", samples={"samples": latent}, audio_vae=vae)[0]
+    return sound["waveform"][0].float().clamp(-1.0, 1.0), sound["sample_rate"]
+
+
 def sample_with_comfyui(
     twin: Model,
     noise: dict[str, Tensor],
     sigmas: Tensor,
-    positive: dict[str, Any],
-    negative: dict[str, Any] | None,
+    positive: Conditioning,
+    negative: Conditioning,
     cfg: float,
     on_step: Callable[[int, dict[str, Tensor]], None],
 ) -> dict[str, Tensor]:
@@ -68,16 +111,15 @@ def sample_with_comfyui(
     latent = torch.zeros_like(streams[0])
     if len(streams) > 1:
         latent = comfy.nested_tensor.NestedTensor([torch.zeros_like(stream) for stream in streams])
-    sides = [_conditioning(side) for side in (positive, negative or positive)]
     with torch.inference_mode():
         out = comfy.sample.sample_custom(
-            twin, packed, cfg, comfy.samplers.sampler_object("euler"), sigmas, *sides, latent,
+            twin, packed, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent,
             callback=lambda step, *_: on_step(step + 1, {}), disable_pbar=True, seed=0,
         )  # fmt: skip
     return dict(zip(names, out.unbind() if len(streams) > 1 else [out]))
 
 
-def _conditioning(side: dict[str, Any]) -> Conditioning:
+def conditioning_of(side: dict[str, Any]) -> Conditioning:
     """ComfyUI's CONDITIONING from the command line's: of LTX-2 and later, both streams' text side by side."""
     context = side["context"]
     if "audio_context" in side:

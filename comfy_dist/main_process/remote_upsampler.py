@@ -48,6 +48,10 @@ class UpsamplerLink(AuxiliaryLink):
         self._rest()
         return found
 
+    def unload(self) -> None:
+        """Free the devices' memory. Nothing is waited for."""
+        self.remote.tell(ask(UpsamplerHost.unload))
+
 
 @functools.cache
 def _remote_class(model_class: Any) -> Any:
@@ -60,7 +64,8 @@ def _remote_class(model_class: Any) -> Any:
         def to(self, *args: Any, **kwargs: Any) -> UpsamplerModel:  # as ComfyUI before 0.29 brings it to a device
             return self
 
-        def cpu(self) -> UpsamplerModel:
+        def cpu(self) -> UpsamplerModel:  # and takes it off
+            getattr(self, LINK).unload()
             return self
 
     RemoteUpsampler.__name__ = RemoteUpsampler.__qualname__ = model_class.__name__
@@ -77,8 +82,6 @@ def get_upsampler(
     checkpoint = open_upsampler(path)
     dtype: torch.dtype = management.vae_dtype(allowed_dtypes=_DTYPES)
     model = _without_weights(checkpoint, dtype)
-    if kept is not None:
-        kept.model = None
 
     def load() -> UpsamplerLink:
         spec = UpsamplerSpec(checkpoint.config, dtype)
@@ -86,7 +89,7 @@ def get_upsampler(
             *load_on_workers(checkpoint, spec, UPSAMPLER_HOST, dtype, request, "latent upsampler", progress)
         )
 
-    link = _living.get(checkpoint, request, load)
+    link = _living.get(checkpoint, request, load, kept)
     upsampler = _connect(model, link)
     if kept is not None:
         kept.model = upsampler
@@ -105,8 +108,8 @@ def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> UpsamplerMod
             return build_upsampler(tensors, checkpoint.config, dtype)
     except (RuntimeError, TypeError, ValueError) as error:  # what the model's class makes of another file's config
         raise CheckpointError(
-            f"{checkpoint.path}: its tensors are not those of the upsampler that its `config` metadata describe "
-            f"({first_line(error)}); download it again"
+            f"{checkpoint.path}: its tensors are not those of the upsampler that this ComfyUI makes of its `config` metadata "
+            f"({first_line(error)}); it needs a newer ComfyUI, or is damaged: download it again then"
         ) from error
 
 

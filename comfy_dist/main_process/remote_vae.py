@@ -95,14 +95,12 @@ def get_vae(
     """
     checkpoint = open_vae(path, part)
     vae = _without_weights(checkpoint)
-    if kept is not None:
-        kept.model = None
 
     def load() -> VAELink:
         spec, name = VAESpec(checkpoint.metadata, vae.vae_dtype), f"VAE ({type(vae.first_stage_model).__name__})"
         return VAELink(*load_on_workers(checkpoint, spec, VAE_HOST, vae.vae_dtype, request, name, progress), vae)
 
-    link = _living.get(checkpoint, request, load)
+    link = _living.get(checkpoint, request, load, kept)
     _connect(vae, link)
     if kept is not None:
         kept.model = vae

@@ -60,8 +60,9 @@ class VAELink(AuxiliaryLink):
 
     @property
     def _config(self) -> ParallelConfig:
-        """How the workers form a group now: another would have to be formed for each change between sampling and decoding."""
-        return self.cluster.group.config or ParallelConfig.for_workers(self.cluster.request.workers)
+        """How all workers form a group now: another would have to be formed for each change between sampling and decoding."""
+        config, workers = self.cluster.group.config, self.cluster.request.workers
+        return config if config is not None and config.world_size == workers else ParallelConfig.for_workers(workers)
 
     def _loaded_again(self) -> None:
         self._proved.clear()

@@ -234,7 +234,8 @@ def transformer_prefix(path: Path, names: Collection[str]) -> str:
     if missing:
         shown = ", ".join(sorted(names)[:3]) or "none"
         raise CheckpointError(
-            f"{path}: not an LTX transformer: there is no {missing[0]} among its {len(names)} tensors ({shown}, ...)"
+            f"{path}: not an LTX transformer: there is no {missing[0]} among its {len(names)} tensors ({shown}, ...); choose an "
+            "official file, or one that keeps the official names"
         )
     return prefix
 

@@ -25,6 +25,7 @@ def files(tmp_path_factory):
 
 
 NARROW, TEXT = "{}/narrow.safetensors", "{}/text.safetensors"
+TEXT_ENCODER = ["--comfyui", "{}", "--text-encoder", "{}/ltx.safetensors"]
 CASES = [
     (["generate", "{}/nothing.safetensors"], "no such file"),
     (["generate", "{}"], "is a folder; name the file in it"),
@@ -62,7 +63,11 @@ CASES = [
     (["generate", "--prompt", "red circle up", "--conditioning", "{}/text.safetensors"], "give one of them"),
     (["generate", "--conditioning", "{}/nothing"], "no such file"),
     (["generate", "--conditioning", "{}/misnamed.safetensors"], "holds `context`"),
-    (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors"], "needs text conditioning"),
+    (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors"], "give its text encoder (--text-encoder FILE"),
+    (["generate", "--text-encoder", "{}/ltx.safetensors"], "text-encoder: is run by ComfyUI's code; say where it is"),
+    (["generate", "--vae", "{}/ltx.safetensors", "--comfyui", "{}"], "there is no VAE of LTX's video in it"),
+    (["generate", "--audio-vae", "{}/nothing", "--comfyui", "{}"], "no such file"),
+    (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", *TEXT_ENCODER], "say what is to be seen"),
     (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", "--conditioning", NARROW, "--cfg", "1"], "another LTX version"),
     (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", "--conditioning", TEXT], "needs negative conditioning"),
     (["generate", "{}/ltx.safetensors"], "through its VAE"),

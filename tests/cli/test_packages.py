@@ -45,7 +45,7 @@ def rayltx_without(modules, *arguments, cwd):
         ("diffusers", ["generate", "-o", "clip.safetensors"], "generate needs diffusers"),
         ("ray", ["generate"], "generate needs ray"),
         ("gguf", ["convert", DEMO, "demo.gguf"], "convert needs gguf"),
-        ("imageio", ["generate", "-o", "clip.mp4"], "output clip.mp4 needs imageio"),
+        ("av", ["generate", "-o", "clip.mp4"], "output clip.mp4 needs av"),
     ],
 )
 def test_a_missing_package_is_named_before_anything_starts(tmp_path, modules, arguments, message):

@@ -45,3 +45,24 @@ def test_comfyui_samples_the_same_latent(comfy):
     error = relative_error(ours, theirs)
     print(f"relative error {error:.2e}")
     assert error < 2e-5
+
+
+def test_comfyui_decodes_and_encodes_by_its_vae(comfy):
+    import comfy.sd
+    import comfy.utils
+
+    from rayltx.demo.clips import Scene, render_clip
+    from rayltx.demo.pixels import pixels_to_latent
+    from rayltx.demo.vae import CHECKPOINT, decode, load_vae
+
+    tensors, metadata = comfy.utils.load_torch_file(str(CHECKPOINT), return_metadata=True)
+    vae = comfy.sd.VAE(
+        sd=comfy.utils.state_dict_prefix_replace(tensors, {"vae.": ""}, filter_keys=True), metadata=metadata
+    )
+    clip = render_clip(Scene("green", "square", "left"), 25, 160, 192, torch.Generator().manual_seed(2))
+    latent = pixels_to_latent(clip)[None]
+    assert (vae.decode(latent)[0] - decode(latent)).abs().max() < 1e-4
+    with torch.inference_mode():
+        expected = load_vae(CHECKPOINT).encode(clip.permute(3, 0, 1, 2)[None] * 2.0 - 1.0).latent_dist.mean
+    assert (vae.encode(clip) - expected).abs().max() < 1e-4
+    assert (expected - latent).square().mean() < latent.square().mean()

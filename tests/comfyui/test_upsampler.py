@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -100,6 +101,24 @@ def test_two_loaders_of_a_file_share_it(upsamplers, cluster):
     assert other is not model and getattr(other, LINK) is getattr(model, LINK)
 
 
+def test_a_loader_that_runs_again_loads_nothing(upsamplers, cluster):
+    """What it kept is all that keeps the workers' model when another run begins."""
+    from rayltx.comfy_dist.main_process.auxiliary_link import KeptAuxiliary
+    from rayltx.comfy_dist.main_process.releasing import wait_for_releases
+    from rayltx.comfy_dist.main_process.remote_upsampler import get_upsampler
+    from rayltx.comfy_dist.marks import LINK
+
+    _, _, path = upsamplers("rows and columns")
+    copy, kept = path.with_name("copy.safetensors"), KeptAuxiliary()
+    shutil.copy(path, copy)
+    model_ids = set()
+    for _ in range(3):
+        get_upsampler(str(copy), cluster.request, kept)
+        wait_for_releases()  # after collecting what nobody holds
+        model_ids.add(getattr(getattr(kept.model, "model", kept.model), LINK).remote.model_id)
+    assert len(model_ids) == 1
+
+
 def test_weights_are_not_here_and_cannot_be_read(upsamplers):
     _, shared, _ = upsamplers("rows and columns")
     model = getattr(shared, "model", shared)
@@ -125,4 +144,4 @@ def test_other_files_are_told_apart(cluster, tmp_path):
     save_file(tensors, path)
     refused("no `config` in its metadata")
     save_file(tensors, path, {"config": json.dumps({"in_channels": 128, "mid_channels": 64, "dims": 3})})
-    refused("not those of the upsampler")
+    refused("not those of the upsampler.*newer ComfyUI")
