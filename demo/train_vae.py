@@ -4,7 +4,7 @@ The latents are those that the transformer was trained on: 128 low frequencies o
 encoder learns to give them; the decoder learns the clip that they were taken from, which they hold but for its edges, and
 also from latents as the transformer leaves them: its estimate of x_0 from a noisy clip, x_sigma - sigma v. What it draws
 so has the edges that every clip of this small world has, and not the ringing of a cut cosine series.
-The file is written whole: transformer and VAE, as LTX-Video's one-file checkpoints are. About two hours on two CPU cores.
+The file is written whole: transformer and VAE, as LTX-Video's one-file checkpoints are. Under an hour on two CPU cores.
 """
 
 from __future__ import annotations
