@@ -81,7 +81,7 @@ def test_a_subcommand_needs_no_other_packages(tmp_path, modules, arguments):
 
 @pytest.mark.parametrize(
     "suffix, needed",
-    [(".mp4", ["imageio", "av"]), (".gif", ["imageio", "pillow"]), (".png", ["pillow"]), (".safetensors", [])],
+    [(".mp4", ["av"]), (".gif", ["imageio", "pillow"]), (".png", ["pillow"]), (".safetensors", [])],
 )
 def test_a_file_needs_the_packages_that_write_it(tmp_path, monkeypatch, suffix, needed):
     for module in ("imageio", "av", "PIL"):
