@@ -65,7 +65,7 @@ CASES = [
     (["generate", "--conditioning", "{}/misnamed.safetensors"], "holds `context`"),
     (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors"], "give its text encoder (--text-encoder FILE"),
     (["generate", "--text-encoder", "{}/ltx.safetensors"], "text-encoder: is run by ComfyUI's code; say where it is"),
-    (["generate", "--vae", "{}/ltx.safetensors", "--comfyui", "{}"], "there is no VAE of LTX's video in it"),
+    (["generate", "--vae", "{}/ltx.safetensors", "--comfyui", "{}"], "there is no VAE of video of LTX among its"),
     (["generate", "--audio-vae", "{}/nothing", "--comfyui", "{}"], "no such file"),
     (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", *TEXT_ENCODER], "say what is to be seen"),
     (["generate", "{}/ltx.safetensors", "-o", "{}/a.safetensors", "--conditioning", NARROW, "--cfg", "1"], "another LTX version"),
