@@ -72,7 +72,7 @@ class RayLTX:
                     "INT",
                     {
                         "default": 0, "min": 0, "max": MAX_WORKERS,
-                        "tooltip": "How many GPUs work on one video. 0: all that ComfyUI sees.",
+                        "tooltip": "How many GPUs work on one video. 0: all that ComfyUI sees; without a GPU, one worker.",
                     },
                 ),
             },

@@ -6,7 +6,6 @@ import os
 import weakref
 from dataclasses import dataclass
 
-from rayltx.comfy_dist.comfy_types import BaseModel
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.releasing import wait_for_releases
 from rayltx.comfy_dist.main_process.twin import LoadOptions, TwinPatcher, load_twin, patcher_of
@@ -34,7 +33,7 @@ _Source = tuple[FileState, LoadOptions]  # what was loaded
 class Kept:
     """The model that a loader node had at its last run. It is the node's own, so it goes when ComfyUI forgets the node."""
 
-    base_model: BaseModel = None
+    root: TwinPatcher | None = None
 
 
 class LoadedModels:
@@ -45,7 +44,9 @@ class LoadedModels:
     """
 
     def __init__(self) -> None:
-        self._living: weakref.WeakValueDictionary[_Source, BaseModel] = weakref.WeakValueDictionary()
+        # Each a MODEL without patches, of which all others are clones: in ComfyUI's list of loaded models it takes the place of
+        # one that is gone, which would be reported as a leak otherwise, since its model lives.
+        self._living: weakref.WeakValueDictionary[_Source, TwinPatcher] = weakref.WeakValueDictionary()
 
     def get(
         self,
@@ -57,14 +58,14 @@ class LoadedModels:
     ) -> TwinPatcher:
         """A MODEL without patches on a checkpoint's weights, which are loaded if they are not. Raises as `load_twin`."""
         source = FileState.of(path), options
-        base_model = self._living.get(source)
-        if base_model is None:
-            kept.base_model = None
+        root = self._living.get(source)
+        if root is None:
+            kept.root = None
             wait_for_releases()  # two models at once may be more than there is room for
-            base_model = load_twin(path, placement, options, progress).model
-            self._living[source] = base_model
-        kept.base_model = base_model
-        return patcher_of(base_model).placed(placement)
+            root = patcher_of(load_twin(path, placement, options, progress).model)
+            self._living[source] = root
+        kept.root = root
+        return root.placed(placement)
 
 
 loaded_models = LoadedModels()

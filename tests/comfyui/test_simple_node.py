@@ -68,6 +68,16 @@ def test_the_model_is_comfyuis_whatever_the_number_of_gpus(server):
     assert server.log().count("exact on") == 2  # two ranks, three: one has nothing to compare
 
 
+def test_a_changed_input_is_no_leak(server):
+    """The MODEL of the run before is gone by then, and its model is not: ComfyUI would report that in every later run."""
+    before = len(server.log())
+    for cfg, gigabytes in enumerate((0.0, 1.0, 1.0, 0.0, 2.0, 2.0)):  # with changes of the sampler alone between
+        work = Workflow(VERSION)
+        work.save(ksampler(work, simple(work, max_vram_gb=gigabytes)[0], cfg=2.0 + cfg), f"changed {cfg}")
+        server.run(work.nodes)
+    assert "memory leak" not in server.log()[before:]
+
+
 def test_all_that_comfyui_sees_is_one_worker_where_there_is_no_gpu(server):
     work = Workflow(VERSION)
     loader = work.add("RayLTX", model_name=BUNDLE, gpus=0)
