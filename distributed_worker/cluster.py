@@ -67,8 +67,8 @@ class Cluster:
         if current is not None:
             if current.is_alive():
                 logger.warning(
-                    "ending the %d workers, for others that differ in %s. A graph with two nodes that start workers and differ does "
-                    "this in every run, and loads its models again: give them the same settings",
+                    "ending the %d workers, for others that differ in %s. A graph with two nodes that start workers and differ "
+                    "does this in every run, and loads its models again: give them the same settings",
                     current.request.workers, ", ".join(request.differences(current.request)),
                 )  # fmt: skip
             current.shutdown()
