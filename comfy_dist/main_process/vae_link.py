@@ -60,9 +60,14 @@ class VAELink(AuxiliaryLink):
 
     @property
     def _config(self) -> ParallelConfig:
-        """How all workers form a group now: another would have to be formed for each change between sampling and decoding."""
-        config, workers = self.cluster.group.config, self.cluster.request.workers
-        return config if config is not None and config.world_size == workers else ParallelConfig.for_workers(workers)
+        """How the workers form a group now: another would have to be formed for each change between sampling and decoding.
+
+        All of them, where none is formed, or one of a single rank, as after a sampling to compare with.
+        """
+        config = self.cluster.group.config
+        if config is None or config.world_size == 1:
+            return ParallelConfig.for_workers(self.cluster.request.workers)
+        return config
 
     def _loaded_again(self) -> None:
         self._proved.clear()
