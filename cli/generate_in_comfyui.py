@@ -16,6 +16,9 @@ from rayltx.comfy_dist.main_process.headless import (
     comfyui_cluster,
     comfyui_schedule,
     conditioning_of,
+    decode_sound,
+    decode_video,
+    encode_text,
     sample_with_comfyui,
 )
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, Header
@@ -60,9 +63,7 @@ def generate_in_comfyui(
         from rayltx.comfy_dist.main_process.twin import LoadOptions, load_twin
 
         if sides is None:
-            from rayltx.comfy_dist.main_process.headless import encode_text
-
-            with stages.stage("reading the prompts") as (bar, task):
+            with stages.stage("reading the prompts"):
                 positive, negative = encode_text(
                     text_encoder_files(options.text_encoders, Path(checkpoint.path)),
                     (options.prompt or "", options.negative),
@@ -70,9 +71,8 @@ def generate_in_comfyui(
                 )
         else:
             positive, negative = (conditioning_of(side) for side in (sides[0], sides[1] or sides[0]))
-        with stages.stage("starting the workers") as (bar, task):
+        with stages.stage("starting the workers"):
             cluster.workers()
-
         with stages.stage(f"loading {Path(checkpoint.path).name}") as (bar, task):
             twin = load_twin(
                 checkpoint.path,
@@ -104,7 +104,6 @@ def _decoded(
     made: Generated, options: GenerateOptions, checkpoint: str, request: ClusterRequest, stages: Stages
 ) -> Generated:
     """With pixels and sound, by VAEs on the workers."""
-    from rayltx.comfy_dist.main_process.headless import decode_sound, decode_video
     from rayltx.comfy_dist.main_process.remote_vae import get_vae
 
     with stages.stage("loading the VAE"):

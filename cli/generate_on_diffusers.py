@@ -56,7 +56,7 @@ def generate_on_diffusers(
     common = {"feed_forward_chunks": options.chunks}
     both = {**positive, **common}, None if negative is None else {**negative, **common}
     with Cluster.start(request) as cluster:
-        with stages.stage("starting the workers") as (bar, task):
+        with stages.stage("starting the workers"):
             cluster.workers()
         config = cluster.group.with_shares(config)
         with stages.stage(f"loading {Path(checkpoint.path).name}") as (bar, task):

@@ -85,8 +85,8 @@ class GenerateOptions:
         return any(path.suffix.lower() == VIDEO_SUFFIX for path in self.outputs)
 
     def has_vae(self, checkpoint: str) -> bool:
-        """Whether ComfyUI has what it needs to decode: a VAE, given or in the checkpoint."""
-        return self.comfyui is not None and (self.vae is not None or holds_vae(checkpoint))
+        """Whether there is one that ComfyUI could decode by: given, or in the checkpoint."""
+        return self.vae is not None or holds_vae(checkpoint)
 
     def sound_source(self, checkpoint: str) -> Path | None:
         """Where the VAE of sound is; None where there is none."""

@@ -46,7 +46,7 @@ def check_outputs(paths: list[Path], has_pixels: bool) -> None:
             raise InputError(f"output {path}: is a folder; name a file in it")
         if path.suffix.lower() not in (*PIXEL_SUFFIXES, LATENT_SUFFIX):
             raise InputError(f"output {path}: must end with {', '.join(PIXEL_SUFFIXES)} or {LATENT_SUFFIX}")
-        if path.suffix.lower() != LATENT_SUFFIX and not has_pixels:
+        if not _is_latent(path) and not has_pixels:
             raise InputError(
                 f"output {path}: this checkpoint's latents become pixels through its VAE, which ComfyUI's code runs: say where "
                 "that is (--comfyui FOLDER), and which file holds the VAE if it is not the checkpoint (--vae FILE); or write a "
@@ -61,6 +61,10 @@ def check_outputs(paths: list[Path], has_pixels: bool) -> None:
             raise InputError(f"output {path}: cannot be written there ({error.strerror})") from error
 
 
+def _is_latent(path: Path) -> bool:
+    return path.suffix.lower() == LATENT_SUFFIX
+
+
 class Outputs:
     """The files that are asked for. The latent's are written as soon as it is there: what follows can fail."""
 
@@ -69,7 +73,7 @@ class Outputs:
 
     def write_latents(self, made: Generated) -> None:
         for path in self._paths:
-            if path.suffix.lower() == LATENT_SUFFIX:
+            if _is_latent(path):
                 write_output(path, made, self._frame_rate, self._about)
 
     @contextlib.contextmanager
@@ -78,7 +82,7 @@ class Outputs:
         try:
             yield
         except Exception:
-            if not any(path.suffix.lower() == LATENT_SUFFIX for path in self._paths):
+            if not any(map(_is_latent, self._paths)):
                 path = self._paths[0].with_suffix(LATENT_SUFFIX)
                 write_output(path, made, self._frame_rate, self._about)
                 logger.warning("what was sampled is in %s", path)
@@ -88,7 +92,7 @@ class Outputs:
         """Those of pixels. Prints the names of all."""
         with self.saving_latents(made):
             for path in self._paths:
-                if path.suffix.lower() != LATENT_SUFFIX:
+                if not _is_latent(path):
                     write_output(path, made, self._frame_rate, self._about)
                 print(path)
 
@@ -97,7 +101,7 @@ def write_output(path: Path, made: Generated, frame_rate: float, about: dict[str
     """Write one file, whole or not at all. Sound goes into a video alone."""
     about = {**about, "sigmas": ",".join(f"{sigma:.6g}" for sigma in made.sigmas.tolist())}
     with appearing_whole(path, path.suffix) as temporary:
-        if path.suffix.lower() == LATENT_SUFFIX:
+        if _is_latent(path):
             save_file({name: latent.contiguous() for name, latent in made.latents.items()}, temporary, about)
         else:
             assert made.clip is not None

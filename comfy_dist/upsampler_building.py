@@ -26,4 +26,4 @@ def build_upsampler(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dt
     with on_given_tensors():
         model = LatentUpsampler.from_config(config, **operations).to(dtype)
         model.load_state_dict(dict(tensors))
-    return model.eval().requires_grad_(False)
+    return model

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayltx.demo.clips import COLOURS, MOTIONS, SHAPES, Scene, render_clip
 from rayltx.demo.pixels import SPREAD, pixels_to_latent
@@ -111,6 +111,24 @@ def load_official(model: LTXVideoTransformer3DModel, path: Path) -> None:
     model.load_state_dict(tensors)
 
 
+def optimiser_of(
+    model: nn.Module, learning_rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
+    """AdamW on one cycle. learning_rate: its peak."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    return optimiser, torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=learning_rate, total_steps=steps, pct_start=0.05
+    )
+
+
+def move_average(average: nn.Module, model: nn.Module, step: int, most: float) -> None:
+    """An exponential moving average of the weights. most: of what was there that is kept, when it has run for long."""
+    decay = min(most, step / (step + 20))
+    with torch.no_grad():
+        for kept, current in zip(average.parameters(), model.parameters()):
+            kept.lerp_(current, 1.0 - decay)
+
+
 def train(output: Path, steps: int, batch_size: int, seed: int, learning_rate: float, resume: Path | None) -> None:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -125,8 +143,7 @@ def train(output: Path, steps: int, batch_size: int, seed: int, learning_rate: f
         load_official(model, resume)
     average = copy.deepcopy(model)  # exponential moving average of the weights: less noisy than the last step's
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=learning_rate, total_steps=steps, pct_start=0.05)
+    optimiser, schedule = optimiser_of(model, learning_rate, steps)
     weights = torch.tensor([float(len(latents)) for latents, _ in data])
 
     # What a channel weighs in the picture, tempered: the fine detail should not go unlearnt.
@@ -157,10 +174,7 @@ def train(output: Path, steps: int, batch_size: int, seed: int, learning_rate: f
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        with torch.no_grad():
-            decay = min(0.999, step / (step + 20))
-            for kept, current in zip(average.parameters(), model.parameters()):
-                kept.lerp_(current, 1.0 - decay)
+        move_average(average, model, step, 0.999)
         running += loss.item()
         if step % 100 == 0:
             print(f"step {step}: loss {running / 100:.4f}, {time.monotonic() - started:.0f} s", flush=True)

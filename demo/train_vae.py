@@ -21,7 +21,15 @@ from torch import Tensor
 from rayltx.demo.clips import render_clip
 from rayltx.demo.pixels import pixels_to_latent
 from rayltx.demo.prompts import scene_context
-from rayltx.demo.train import FRAME_RATE, SCENES, build_model, load_official, save_official
+from rayltx.demo.train import (
+    FRAME_RATE,
+    SCENES,
+    build_model,
+    load_official,
+    move_average,
+    optimiser_of,
+    save_official,
+)
 from rayltx.demo.vae import CHECKPOINT, build_vae, load_vae
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape, video_positions
 
@@ -76,10 +84,7 @@ def train(vae: AutoencoderKLLTXVideo, arguments: argparse.Namespace) -> None:
     transformer = build_model()
     load_official(transformer, arguments.source)
     average = copy.deepcopy(vae)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=arguments.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=arguments.learning_rate, total_steps=arguments.steps, pct_start=0.05
-    )
+    optimiser, schedule = optimiser_of(vae, arguments.learning_rate, arguments.steps)
     started = time.monotonic()
     encoded_loss = decoded_loss = 0.0
     for step in range(1, arguments.steps + 1):
@@ -105,10 +110,7 @@ def train(vae: AutoencoderKLLTXVideo, arguments: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        with torch.no_grad():
-            decay = min(0.995, step / (step + 20))
-            for kept, current in zip(average.parameters(), vae.parameters()):
-                kept.lerp_(current, 1.0 - decay)
+        move_average(average, vae, step, 0.995)
         decoded_loss, encoded_loss = decoded_loss + decoded.item(), encoded_loss + encoded.item()
         if step % 50 == 0:
             print(

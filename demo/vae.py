@@ -42,6 +42,13 @@ _DECODER_BLOCKS = (
 )  # fmt: skip
 
 
+_BLOCKS = {"encoder": (_ENCODER_BLOCKS, "down_blocks"), "decoder": (_DECODER_BLOCKS, "up_blocks")}
+_STATISTICS = {
+    "latents_mean": "per_channel_statistics.mean-of-means",
+    "latents_std": "per_channel_statistics.std-of-means",
+}
+
+
 def official_config() -> dict[str, Any]:
     """The `vae` part of the file's `config` metadata: blocks from the pixels to the latents, on both sides."""
     layer = ["res_x", {"num_layers": 1}]
@@ -129,22 +136,15 @@ def official_tensors(vae: AutoencoderKLLTXVideo) -> dict[str, Tensor]:
 def _official_names(vae: AutoencoderKLLTXVideo) -> dict[str, str]:
     """What each of the weights is called in LTX-Video's files."""
     names = {}
-    for theirs_whole in vae.state_dict():
-        name = theirs_whole
-        if name in ("latents_mean", "latents_std"):
-            name = {
-                "latents_mean": "per_channel_statistics.mean-of-means",
-                "latents_std": "per_channel_statistics.std-of-means",
-            }[name]
+    for whole in vae.state_dict():
+        name = _STATISTICS.get(whole, whole)
         side, _, rest = name.partition(".")
-        blocks, theirs = {
-            "encoder": (_ENCODER_BLOCKS, "down_blocks"), "decoder": (_DECODER_BLOCKS, "up_blocks"),
-        }.get(side, ((), ""))  # fmt: skip
+        blocks, theirs = _BLOCKS.get(side, ((), ""))
         place = max((block for block in blocks if rest.startswith(f"{block}.")), key=len, default=None)
         if place is not None:
             rest = f"{theirs}.{blocks.index(place)}.{rest.removeprefix(f'{place}.')}"
             rest = rest.replace("resnets.", "res_blocks.").replace("conv_shortcut.conv.", "conv_shortcut.")
             rest = re.sub(r"\bnorm3\.", "norm3.norm.", rest)
             name = f"{side}.{rest}"
-        names[theirs_whole] = OFFICIAL_PREFIX + name
+        names[whole] = OFFICIAL_PREFIX + name
     return names

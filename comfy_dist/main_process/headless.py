@@ -18,6 +18,7 @@ from rayltx.comfy_dist.comfy_host import COMFY_HOST
 from rayltx.comfy_dist.comfy_types import VAE, Conditioning, Model
 from rayltx.comfy_dist.main_process.comfy_nodes import LIGHTRICKS, SOUND, call_node
 from rayltx.comfy_dist.main_process.self_test_record import ask_errors
+from rayltx.devices import is_out_of_memory
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError, first_line
@@ -65,7 +66,7 @@ def encode_text(
             clip = comfy.sd.load_clip([str(path) for path in paths], clip_type=comfy.sd.CLIPType.LTXV)
             sides = [call_node("nodes", "CLIPTextEncode", clip=clip, text=prompt)[0] for prompt in prompts]
         except Exception as error:  # ComfyUI's loader raises anything for files that it does not know
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise InputError(
                 f"text-encoder: ComfyUI makes no text encoder of LTX's of {', '.join(map(str, paths))} "

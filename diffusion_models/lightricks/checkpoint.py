@@ -232,12 +232,17 @@ def transformer_prefix(path: Path, names: Collection[str]) -> str:
     prefix = find_prefix(names)
     missing = missing_marks(names, prefix)
     if missing:
-        shown = ", ".join(sorted(names)[:3]) or "none"
         raise CheckpointError(
-            f"{path}: not an LTX transformer: there is no {missing[0]} among its {len(names)} tensors ({shown}, ...); choose an "
-            "official file, or one that keeps the official names"
+            f"{path}: not an LTX transformer: there is no {missing[0]} {among_tensors(names)}; choose an official file, or one "
+            "that keeps the official names"
         )
     return prefix
+
+
+def among_tensors(names: Collection[str]) -> str:
+    """Among what something was looked for, for a message."""
+    shown = ", ".join(sorted(names)[:3]) or "none"
+    return f"among its {len(names)} tensors ({shown}, ...)"
 
 
 def find_prefix(names: Collection[str], prefixes: Sequence[str] = PREFIXES) -> str:

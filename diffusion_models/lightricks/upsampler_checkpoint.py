@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, Header
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, Header, among_tensors
 from rayltx.errors import CheckpointError
 from rayltx.whole_files import check_is_file
 
@@ -21,10 +21,7 @@ def open_upsampler(path: str | os.PathLike[str]) -> Checkpoint:
     check_is_file(path)
     header = Header.of(path)
     if not any(name.startswith(_MARK) for name in header.tensors):
-        shown = ", ".join(sorted(header.tensors)[:3]) or "none"
-        raise CheckpointError(
-            f"{path}: there is no upsampler of LTX's latents among its {len(header.tensors)} tensors ({shown}, ...)"
-        )
+        raise CheckpointError(f"{path}: there is no upsampler of LTX's latents {among_tensors(header.tensors)}")
     checkpoint = header.checkpoint("", header.tensors)
     if not checkpoint.config:
         raise CheckpointError(

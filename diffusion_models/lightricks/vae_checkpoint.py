@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, Header
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, Header, among_tensors
 from rayltx.diffusion_models.lightricks.safetensors_files import open_safetensors
 from rayltx.errors import CheckpointError, InputError
 from rayltx.whole_files import check_is_file
@@ -32,11 +32,8 @@ def open_vae(path: str | os.PathLike[str], part: str = ANY) -> Checkpoint:
     header = Header.of(path)
     prefix, names = _names(header.tensors, part)
     if not names:
-        shown = ", ".join(sorted(header.tensors)[:3]) or "none"
         kind = {ANY: "VAE", VIDEO: "VAE of video", AUDIO: "VAE of sound"}[part]
-        raise CheckpointError(
-            f"{path}: there is no {kind} of LTX among its {len(header.tensors)} tensors ({shown}, ...)"
-        )
+        raise CheckpointError(f"{path}: there is no {kind} of LTX {among_tensors(header.tensors)}")
     return header.checkpoint(prefix, names)
 
 
