@@ -53,7 +53,9 @@ def model_of(path: Path | None) -> tuple[ModelShape, int]:
         found = checkpoint.tensors.get(f"transformer_blocks.0.{attention}.to_q.weight")
         return 0 if found is None else found.values_shape[0]
 
-    return ModelShape(checkpoint.num_blocks, width("attn1"), width("audio_attn1")), checkpoint.num_bytes
+    modulates_text = "transformer_blocks.0.prompt_scale_shift_table" in checkpoint.tensors
+    shape = ModelShape(checkpoint.num_blocks, width("attn1"), width("audio_attn1"), modulates_text=modulates_text)
+    return shape, checkpoint.num_bytes
 
 
 def audio_tokens(model: ModelShape, shape: LatentShape) -> int:

@@ -1,13 +1,15 @@
 """`rayltx bench counts`: what a layer computes, exchanges and holds on a rank, counted at the real widths.
 
 Nothing is computed: tensors have shapes and no numbers (see `fake_ranks`). One forward with one layer and one with two are
-counted, of a text-to-video step on rank 0, which has the most tokens; their difference is a layer.
+counted, of a text-to-video step on rank 0, which has the most tokens; their difference is a layer. It is not the first step of
+its run: the text's keys and values are there already, where steps do not change them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rayltx.cli.bench.fake_ranks import Counts, counted, rank_zero_of
 from rayltx.cli.bench.real_sizes import comfyui_config, transformer_config
 from rayltx.cli.packages import require_packages
+from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import TEXT_TOKENS
 from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
@@ -33,7 +36,7 @@ _DTYPE = torch.bfloat16
 _SIGMA = 0.8
 _LINES = 6  # of source, that are shown of the peak
 
-Forward = Callable[[SequenceParallelGroup], object]
+Forward = Callable[[SequenceParallelGroup, KeptText], object]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class LayerCounts:
     operations: int
     peak_bytes: int
     held_at_peak: dict[str, int]
+    kept_text_bytes: int  # of a layer, from the first step on; not in the peak
 
     @property
     def of_minimum(self) -> float:
@@ -105,12 +109,15 @@ def layer_counts(
     found = []
     for degree in ranks:
         config = ParallelConfig(degree)
-        one, two = (_counts_of(model_of, version, layers, shape, chunks, config) for layers in (1, 2))
+        (one, kept_of_one), (two, kept_of_two) = (
+            _counts_of(model_of, version, layers, shape, chunks, config) for layers in (1, 2)
+        )
         minimum = round(4 * config.token_sizes(shape.num_tokens).sizes[0] * width * _DTYPE.itemsize * (1 - 1 / degree))
         found.append(
             LayerCounts(
                 config, two.flops - one.flops, two.received_bytes - one.received_bytes, minimum,
                 two.collectives - one.collectives, two.operations - one.operations, two.peak_bytes, two.held_at_peak,
+                kept_of_two - kept_of_one,
             )
         )  # fmt: skip
     return found
@@ -118,13 +125,17 @@ def layer_counts(
 
 def _counts_of(
     model_of: Callable[..., Forward], version: str, layers: int, shape: LatentShape, chunks: int, config: ParallelConfig
-) -> Counts:
+) -> tuple[Counts, int]:
+    """Of a step, and the bytes of what is kept of the text."""
+    # Tensors without numbers cannot be compared: each text is that of the step before.
+    kept_text = KeptText(lambda: math.inf, are_equal=lambda kept, now: True)
     with rank_zero_of(config) as group, FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         forward = model_of(version, layers, shape, chunks)
+        forward(group, kept_text)
         with counted() as counts:
-            out = forward(group)
+            out = forward(group, kept_text)
         del out
-        return counts
+        return counts, kept_text.num_bytes
 
 
 def _latent(shape: LatentShape) -> torch.Tensor:
@@ -155,7 +166,12 @@ def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: in
     if model.has_audio:
         inputs["audio_latent"] = torch.empty(1, 8, shape.audio_tokens(), 16, dtype=_DTYPE)
         inputs["audio_context"] = torch.empty(1, TEXT_TOKENS, widths[1], dtype=_DTYPE)
-    return lambda group: host.forward(group, inputs)
+
+    def forward(group: SequenceParallelGroup, kept_text: KeptText) -> object:
+        host.kept_text = kept_text
+        return host.forward(group, inputs)
+
+    return forward
 
 
 def _comfyui_forward(folder: Path) -> Callable[..., Forward]:
@@ -187,8 +203,8 @@ def _comfyui_forward(folder: Path) -> Callable[..., Forward]:
             mask = torch.ones(1, TEXT_TOKENS, dtype=torch.int64)
         context = torch.empty(1, TEXT_TOKENS, text_width(model), dtype=_DTYPE)
 
-        def forward(group: SequenceParallelGroup) -> object:
-            with shared(model, group, chunks):
+        def forward(group: SequenceParallelGroup, kept_text: KeptText) -> object:
+            with shared(model, group, chunks, kept_text=kept_text):
                 return model(x, timestep, context=context, attention_mask=mask, frame_rate=25.0, transformer_options={})
 
         return forward

@@ -36,6 +36,7 @@ from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
 from rayltx.diffusion_models.lightricks.comfyui_host import replaced
 from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
+from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.messages import Message, unpack
 from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -63,6 +64,8 @@ class ComfyModel(ComfyHost):
         self._hooks: dict[str, RemoteHooks] = {}
         self._options: dict[str, tuple[Message, Options]] = {}  # as they were sent, and unpacked
         self._packed_objects: Message | None = None  # of the patches that are on
+        self._kept_text = KeptText(self._left_bytes)
+        self._needed_bytes = 0.0  # of the device's memory, by a step, next to the weights
 
     # ---- loading
 
@@ -92,9 +95,10 @@ class ComfyModel(ComfyHost):
             self._put_on_device(inputs.load)
             hooks = None if inputs.hooks_key is None else self._hooks[inputs.hooks_key]
             if hooks != self._patcher.current_hooks:
+                self._kept_text.forget()
                 self._patcher.patch_hooks(hooks)
             options = self._with_changing(self._options[inputs.options_key][1], inputs)
-            with self._shared(group, inputs, options):
+            with self._shared(group, inputs, options, self._kept_text):
                 out = self._call(inputs, options)
             return to_device(out, torch.device("cpu")) if group.rank == 0 else None
 
@@ -107,12 +111,10 @@ class ComfyModel(ComfyHost):
         return self.diffusion_model._forward(**arguments, transformer_options=options)
 
     def _shared(
-        self, group: SequenceParallelGroup, inputs: StepInputs, options: Options
+        self, group: SequenceParallelGroup, inputs: StepInputs, options: Options, kept_text: KeptText | None = None
     ) -> AbstractContextManager[None]:
-        chunks = options.get(CHUNKS_OPTION, 1)
-        return shared(
-            self.diffusion_model, group, chunks, inputs.way.gathered, self._as_projected, inputs.way.rows_apart
-        )
+        chunks, way = options.get(CHUNKS_OPTION, 1), inputs.way
+        return shared(self.diffusion_model, group, chunks, way.gathered, self._as_projected, way.rows_apart, kept_text)
 
     def patch_test(self, group: SequenceParallelGroup, inputs: PatchTestInputs) -> Difference | str:
         step, case = inputs.step, inputs.case
@@ -145,12 +147,14 @@ class ComfyModel(ComfyHost):
         self._hooks.pop(key, None)
 
     def drop_hooks(self) -> None:
+        self._kept_text.forget()
         with torch.inference_mode():
             self._patcher.clean_hooks()
             self._hooks.clear()
             give_back_freed_memory()
 
     def set_patches(self, sent: SentPatches) -> None:
+        self._kept_text.forget()
         with torch.inference_mode():
             self._patcher.clean_hooks()
             self._hooks.clear()
@@ -162,6 +166,7 @@ class ComfyModel(ComfyHost):
 
     def _renew_objects(self) -> None:
         """Put the patches that are code in their own place, as they were sent."""
+        self._kept_text.forget()
         if self._packed_objects is None:
             return
         self._patcher.unpatch_model(unpatch_weights=False)
@@ -215,12 +220,14 @@ class ComfyModel(ComfyHost):
         """Put the weights on the device, as ComfyUI does before it samples; once a run, and when patches changed."""
         if (load.run, load.weight_budget) == self._loaded_for and self._is_loaded():
             return
+        self._kept_text.forget()
         if load.weight_budget != self._patcher.weight_budget and self._patcher.loaded_size() > 0:
             self.unload()  # ComfyUI would leave a model that is loaded as it is
         self._patcher.weight_budget = load.weight_budget
         # The estimate is for the whole sequence; a rank holds its share, and what sharing takes.
         memory = self._patcher.model.memory_required(load.latent_shape) * load.share + load.sharing_bytes
         management.load_models_gpu([self._patcher], memory_required=memory, minimum_memory_required=memory)
+        self._needed_bytes = memory
         if self._loaded_for is None:
             give_back_freed_memory()  # of earlier patches
         self._loaded_for = load.run, load.weight_budget
@@ -234,13 +241,19 @@ class ComfyModel(ComfyHost):
             self._put_on_device(load)
         return self.placed_bytes()
 
+    def _left_bytes(self) -> float:
+        """What a step leaves of the device's memory; nothing where weights have no room, which cost more than a text's keys."""
+        return 0.0 if self._patcher.model.model_lowvram else self.free_bytes() - self._needed_bytes
+
     def end_run(self) -> None:
+        self._kept_text.forget()
         if self._patcher.load_device.type == "cpu":
             give_back_freed_memory()  # the allocator holds on to what the largest layers took
         else:
             management.soft_empty_cache()  # for what shares the card: the text encoder, the VAE
 
     def unload(self) -> None:
+        self._kept_text.forget()
         with torch.inference_mode():
             for loaded in list(management.current_loaded_models):
                 if self._base is not None and loaded.model is not None and loaded.model.is_clone(self._base):
@@ -251,6 +264,7 @@ class ComfyModel(ComfyHost):
             self._loaded_for = None
 
     def unload_bytes(self, num_bytes: int) -> int:
+        self._kept_text.forget()
         with torch.inference_mode():
             self._patcher.partially_unload(self._patcher.offload_device, num_bytes)
             management.soft_empty_cache()

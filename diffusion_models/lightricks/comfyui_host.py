@@ -28,13 +28,14 @@ from torch.distributed import ProcessGroup
 from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
 from rayltx.diffusion_models.lightricks.guide_masks import self_attention_mask_of
 from rayltx.diffusion_models.lightricks.input_scales import agreed_input_scales
+from rayltx.diffusion_models.lightricks.kept_text import KeptText, is_plain
 from rayltx.diffusion_models.lightricks.projected_exchange import (
     SKIPPED,
     attend_while_projecting,
     is_known,
     kernel_of,
 )
-from rayltx.diffusion_models.lightricks.roles import AttentionRole
+from rayltx.diffusion_models.lightricks.roles import TEXT_ROLES, AttentionRole
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
 from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -51,13 +52,16 @@ ROLE = "rayltx_role"
 MASK = "rayltx_self_attention_mask"
 PREFERRED = "rayltx_preferred_attention"
 # - `rayltx_index`, on timesteps that ComfyUI keeps compressed: (n,) int64, the row of each token of this rank;
-# - on the model: the methods that `_ShardedForward.wrappers` names; on each `block.ff` and `block.attn1`: `forward`;
+# - on the model: the methods that `_ShardedForward.wrappers` names; on each `block.ff`, `block.attn1` and the layers that make
+#   the text's keys and values: `forward`;
 # - forward hooks, on the attention modules (a block's attributes that `AttentionRole` names) and on `proj_out`;
 # - `input_scale` and a forward hook, on NVFP4 layers without one (see `input_scales`).
 
 
 _QUERIES_STAY = (AttentionRole.VIDEO_TEXT, AttentionRole.AUDIO_TO_VIDEO)  # a rank attends with its own queries alone
 _QUERY_BY_QUERY = ("attention_comfy_kitchen_int8",)  # of the kernels that a layer may ask for
+# In the options, where patches stand that run in the middle of blocks, and can write to what goes from one to the next.
+_PATCHES_INSIDE = ("patches", "patches_replace")
 
 
 @contextlib.contextmanager
@@ -68,6 +72,7 @@ def sharded(
     gathered: Collection[str] = (),
     as_projected: bool = True,
     scales_of: SequenceParallelGroup | None = None,
+    kept_text: KeptText | None = None,
 ) -> Iterator[None]:
     """Let a ComfyUI LTX model run on this rank's tokens within the `with`.
 
@@ -77,6 +82,7 @@ def sharded(
     time: attention modules and `ff`. What they compute is not shared.
     as_projected: let video self-attention that is known send each part as soon as it is projected.
     scales_of: the ranks whose inputs are quantised by one scale; None: the group's.
+    kept_text: what is known of the text's keys and values by steps before, of known attention with plain layers.
     Collective: every rank of the group calls the model with the same inputs.
     """
     forward = _ShardedForward(group)
@@ -101,6 +107,12 @@ def sharded(
                     projecting = functools.partial(forward.project_and_attend, attention, attention.forward)
                     scope.enter_context(replaced(attention, "forward", projecting))
         in_step = scope.enter_context(agreed_input_scales(diffusion_model, scales_of or group))
+        if kept_text is not None:
+            layers = _layers_of_text(diffusion_model, gathered)
+            scope.enter_context(kept_text.in_forward(layers))
+            for layer in layers:
+                project = functools.partial(forward.project_text, kept_text, layer, layer.forward)
+                scope.enter_context(replaced(layer, "forward", project))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
         if feed_forward_chunks != 1 and not in_step:  # ranks' tokens may fall into different numbers of chunks
             scope.enter_context(chunked(diffusion_model, feed_forward_chunks))
@@ -109,6 +121,18 @@ def sharded(
             on_all = functools.partial(forward.on_all_tokens, module.forward, name.rpartition(".")[2])
             scope.enter_context(replaced(module, "forward", on_all))
         yield
+
+
+def _layers_of_text(diffusion_model: Any, gathered: Collection[str]) -> list[nn.Module]:
+    """Those that make keys and values of the text, and nothing else."""
+    found = []
+    for number, block in enumerate(diffusion_model.transformer_blocks):
+        for role in TEXT_ROLES:
+            attention = getattr(block, role.value, None)
+            is_whole = f"transformer_blocks.{number}.{role.value}" in gathered
+            if attention is not None and not is_whole and is_known(attention):
+                found += [layer for layer in (attention.to_k, attention.to_v) if is_plain(layer)]
+    return found
 
 
 def _at_block(group: SequenceParallelGroup, *_: object) -> None:
@@ -155,6 +179,7 @@ class _ShardedForward:
         self._group = group
         self._sequence: ShardedSequence | None = None
         self._override: Callable[..., Tensor] | None = None  # this one's, where there was none before
+        self._text_is_read_only = False
 
     def wrappers(self) -> dict[str, Callable[..., Any]]:
         """By the name of ComfyUI's method."""
@@ -232,6 +257,7 @@ class _ShardedForward:
         before = options.get(OVERRIDE)
         options[OVERRIDE] = functools.partial(self.attend, before)
         self._override = options[OVERRIDE] if before is None else None
+        self._text_is_read_only = before is None and not any(options.get(name) for name in _PATCHES_INSIDE)
         return original(*args, transformer_options=options, **kwargs)
 
     def attend(
@@ -294,6 +320,12 @@ class _ShardedForward:
         local = functools.partial(_local, kernel_of(attention), plain, own_mask)
         sequence = ShardedSequence(self.sequence.group, self.sequence.partition, own_mask)
         return attend_while_projecting(attention, sequence, x, pe, local)
+
+    def project_text(
+        self, kept_text: KeptText, layer: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        """The forward of a layer of `_layers_of_text`."""
+        return kept_text.project(layer, original, x) if self._text_is_read_only else original(x)
 
     def on_all_tokens(
         self, original: Callable[..., Tensor], module_name: str, x: Tensor, *args: Any, **kwargs: Any

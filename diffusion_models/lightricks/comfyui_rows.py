@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rayltx.diffusion_models.lightricks.comfyui_host import replaced, sharded
+from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.sequence_parallel.batch_rows import RowShare
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
@@ -36,6 +37,7 @@ def shared(
     gathered: Collection[str] = (),
     as_projected: bool = True,
     rows_apart: bool = True,
+    kept_text: KeptText | None = None,
 ) -> Iterator[None]:
     """Let a ComfyUI LTX model run on this rank's rows and tokens within the `with`. Otherwise as `sharded`.
 
@@ -43,7 +45,7 @@ def shared(
     """
 
     def on_tokens(of_rows: SequenceParallelGroup) -> contextlib.AbstractContextManager[None]:
-        return sharded(diffusion_model, of_rows, feed_forward_chunks, gathered, as_projected, scales_of=group)
+        return sharded(diffusion_model, of_rows, feed_forward_chunks, gathered, as_projected, group, kept_text)
 
     if not group.row_groups or not rows_apart:
         with on_tokens(group):

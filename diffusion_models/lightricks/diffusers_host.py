@@ -18,11 +18,13 @@ from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 from torch import Tensor, nn
 
+from rayltx.devices import KINDS
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
 from rayltx.diffusion_models.lightricks.inputs import ForwardInputs
+from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape, video_positions
-from rayltx.diffusion_models.lightricks.roles import AttentionRole
+from rayltx.diffusion_models.lightricks.roles import TEXT_ROLES, AttentionRole
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
 from rayltx.errors import InputError, UnsupportedError
@@ -41,6 +43,7 @@ class DiffusersHost:
 
     def __init__(self, model: DiffusersModel, device: str = "cpu") -> None:
         self.model = model
+        self.kept_text = KeptText(lambda: KINDS[self.device.type].free_bytes())
         self.device = torch.device(device)
         self._transformer = model.build()
         self._official = {official: name for name, official in model.names.items()}
@@ -67,6 +70,7 @@ class DiffusersHost:
                     "one dtype of float32, bfloat16 and float16; ask for one with dtype, or run the file in ComfyUI"
                 )
             self._dtype = tensor.dtype
+            self.kept_text.forget()
             found[name] = tensor.to(self.device)
         self._transformer.load_state_dict(found, strict=False, assign=True)
 
@@ -141,7 +145,8 @@ class DiffusersHost:
 
         self._sequence, self._rows, self._feed_forward_chunks = sequence, rows, inputs.feed_forward_chunks
         try:
-            video_local, *audio = self._transformer(**arguments)
+            with self.kept_text.in_forward(self._layers_of_text()):
+                video_local, *audio = self._transformer(**arguments)
         finally:
             self._sequence = self._rows = None
         video = gather_tokens(video_local, sequence.partition.tokens, group.world)
@@ -197,6 +202,12 @@ class DiffusersHost:
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
         return None if mask is None else mask.to(self.device)
+
+    def _layers_of_text(self) -> list[nn.Module]:
+        """Those that make keys and values of the text."""
+        blocks, roles = self._transformer.transformer_blocks, [role.value for role in TEXT_ROLES]
+        attentions = [getattr(block, role) for block in blocks for role in roles if hasattr(block, role)]
+        return [layer for attention in attentions for layer in (attention.to_k, attention.to_v)]
 
     # ---- what is put into the model, once
 
@@ -285,11 +296,16 @@ class _VideoProcessor:
             sent_key = exchange.send(_heads(attn, _rotate(attn, attn.norm_k(attn.to_k(context)), key_rotary)))
             return exchange.attend(sent_query, sent_key, sent_value, _dispatch, mask=sequence.self_attention_mask)
         query = _heads(attn, _rotate(attn, attn.norm_q(attn.to_q(x)), query_rotary))
-        key = _heads(attn, _rotate(attn, attn.norm_k(attn.to_k(context)), key_rotary))
-        value = _heads(attn, attn.to_v(context))
+        key = _heads(attn, _rotate(attn, attn.norm_k(self._of_context(attn.to_k, context)), key_rotary))
+        value = _heads(attn, self._of_context(attn.to_v, context))
         if mask is not None:
             mask = mask[:, None]  # (B, 1, 1, L): the same for all heads
         return self._host.sequence.attend(self._role, query, key, value, _dispatch, mask)
+
+    def _of_context(self, layer: nn.Module, context: Tensor) -> Tensor:
+        is_text = self._role in TEXT_ROLES
+        product: Tensor = self._host.kept_text.project(layer, layer, context) if is_text else layer(context)
+        return product
 
     @staticmethod
     def _project_out(attn: Any, out: Tensor) -> Tensor:

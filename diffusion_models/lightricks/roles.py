@@ -14,3 +14,6 @@ class AttentionRole(Enum):
     AUDIO_TEXT = "audio_attn2"
     AUDIO_TO_VIDEO = "audio_to_video_attn"  # queries are video tokens
     VIDEO_TO_AUDIO = "video_to_audio_attn"  # queries are audio tokens
+
+
+TEXT_ROLES = (AttentionRole.VIDEO_TEXT, AttentionRole.AUDIO_TEXT)  # whose keys and values are the text's

@@ -22,6 +22,11 @@ class ModelShape:
     width: int
     audio_width: int = 0
     heads: int = 32  # as all of LTX's have
+    modulates_text: bool = False  # by the step's noise, as LTX-2.3 does: its keys are others at each step
+
+    def kept_text_elements(self, rows: int = 1) -> int:
+        """Of the text's keys and values in all blocks, which `kept_text` keeps."""
+        return 0 if self.modulates_text else rows * self.blocks * 2 * TEXT_TOKENS * (self.width + self.audio_width)
 
 
 LTX_2 = ModelShape(blocks=48, width=4096, audio_width=2048)
@@ -49,9 +54,16 @@ class StepCost:
 
     @classmethod
     def of(
-        cls, shape: ModelShape, video_tokens: int, audio_tokens: int, config: ParallelConfig, rows: int = 1
+        cls,
+        shape: ModelShape,
+        video_tokens: int,
+        audio_tokens: int,
+        config: ParallelConfig,
+        rows: int = 1,
+        keeps_text: bool = False,
     ) -> StepCost:
-        """rows: of the batch, such as 2 with guidance; they go to as many groups as `batch_rows` says."""
+        """rows: of the batch, such as 2 with guidance; they go to as many groups as `batch_rows` says. keeps_text: whether the
+        text's keys are there from an earlier step, if steps do not change them."""
         N, D, A, Da, L = video_tokens, shape.width, audio_tokens, shape.audio_width, TEXT_TOKENS
         groups = config.for_rows(rows)
         within, rows = groups[0], rows // len(groups)
@@ -60,7 +72,7 @@ class StepCost:
         text_attention = 4 * N * D**2 + 4 * N * L * D
         feed_forward = 16 * N * D**2
         between = 8 * N * D * Da + 8 * N * A * Da  # audio-to-video and video-to-audio, what is done for video tokens
-        text_keys = 4 * L * (D**2 + Da**2)
+        text_keys = 0 if keeps_text and not shape.modulates_text else 4 * L * (D**2 + Da**2)
         audio = 28 * A * Da**2 + 4 * A**2 * Da + 4 * A * L * Da + 8 * A * Da**2
         local = max(max(group.token_sizes(N).sizes) for group in groups)
         shared = (self_attention + text_attention + feed_forward + between) * local / N

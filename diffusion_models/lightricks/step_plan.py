@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC_INNER_BYTES
+from rayltx.diffusion_models.lightricks.kept_text import part_for_text
 from rayltx.diffusion_models.lightricks.step_cost import ModelShape, StepCost
 from rayltx.sequence_parallel.exchange_memory import exchange_bytes
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -106,9 +107,13 @@ def _bound_by(cards: Cards, cost: StepCost, seconds: float, streamed: int) -> st
 
 def _seconds(work: Work, cards: Cards, config: ParallelConfig) -> tuple[float, StepCost, int, int]:
     """(seconds, the cost, bytes of activations, bytes of weights that are streamed)"""
-    cost = StepCost.of(work.model, work.video_tokens, work.audio_tokens, config, work.rows)
     held = activation_bytes(config, work.video_tokens, work.model.width, work.model.heads, work.rows)
-    streamed = max(0, min(work.weight_bytes, int(work.weight_bytes + held - _USABLE * cards.memory_bytes)))
+    left = int(_USABLE * cards.memory_bytes) - work.weight_bytes - held
+    streamed = max(0, min(work.weight_bytes, -left))
+    kept = work.model.kept_text_elements(work.rows // len(config.for_rows(work.rows))) * ELEMENT_BYTES
+    keeps_text = 0 < kept <= part_for_text(left, on_cpu=False)
+    held += kept if keeps_text else 0
+    cost = StepCost.of(work.model, work.video_tokens, work.audio_tokens, config, work.rows, keeps_text)
     seconds = cost.seconds(cards.flops_per_s, cards.link_bytes_per_s / ELEMENT_BYTES, cards.small_s, HIDDEN)
     # Weights come a block ahead, next to computing.
     return max(seconds, streamed / cards.host_bytes_per_s), cost, held, streamed

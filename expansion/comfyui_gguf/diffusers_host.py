@@ -21,6 +21,7 @@ class QuantisedLinear(nn.Module):
     def __init__(self, block_format: BlockFormat, has_bias: bool) -> None:
         super().__init__()
         self.block_format = block_format
+        self.out_features, self.in_features = block_format.shape
         self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8, device="meta"), requires_grad=False)
         bias = torch.empty(block_format.shape[0], device="meta")
         self.bias = nn.Parameter(bias, requires_grad=False) if has_bias else None

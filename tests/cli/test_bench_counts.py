@@ -10,12 +10,13 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 
 def test_a_layer_of_diffusers_costs_no_more_and_the_plan_knows_it():
     layers = counted()
-    check(layers, {1: 1.0, 2: 1.01, 4: 1.03, 8: 1.07})
+    check(layers)
     for ranks, layer in layers.items():
-        planned = StepCost.of(LTX_2, 14080, 126, ParallelConfig(ranks))
+        planned = StepCost.of(LTX_2, 14080, 126, ParallelConfig(ranks), keeps_text=True)
         assert planned.flops / LTX_2.blocks == pytest.approx(layer["flops"], rel=0.01)
         assert planned.received_elements * 2 / LTX_2.blocks == pytest.approx(layer["received_bytes"], rel=0.01)
         assert planned.collectives / LTX_2.blocks == layer["collectives"]
+        assert layer["kept_text_bytes"] == pytest.approx(LTX_2.kept_text_elements() * 2 / LTX_2.blocks, rel=0.01)
     assert any(line.startswith("diffusion_models/") for line in layers[2]["held_at_peak"])
 
 

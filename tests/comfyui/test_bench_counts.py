@@ -9,5 +9,5 @@ pytestmark = pytest.mark.comfyui
 
 def test_a_layer_of_comfyuis_costs_no_more(comfy):
     layers = counted("--comfyui", find_comfyui())
-    check(layers, {1: 1.0, 2: 1.01, 4: 1.03, 8: 1.07})
+    check(layers)
     assert any(line.startswith(("sequence_parallel/", "diffusion_models/")) for line in layers[2]["held_at_peak"])

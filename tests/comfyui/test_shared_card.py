@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import comfy_scenarios as scenarios
+import comfy_worker_model
 import pytest
 import torch
-from comfy_models import CONFIGS, save_tiny_checkpoint
+from comfy_models import CONFIGS
 
 from rayltx.distributed_worker.worker_calls import ask
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -156,27 +157,9 @@ def test_a_model_that_another_has_pushed_out_is_loaded_again(comfy, tmp_path):
     """Two models that take turns within a run, on a worker's card that holds one."""
     import comfy.model_management as management
 
-    from rayltx.comfy_dist.main_process.detection import detect
-    from rayltx.comfy_dist.self_test import CASES, forward_arguments
-    from rayltx.comfy_dist.wire import ConstantOptions, LoadInputs, StepInputs
-    from rayltx.comfy_dist.worker_process.comfy_model import ComfyModel
-    from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
-    from rayltx.distributed_worker.messages import pack
-    from rayltx.distributed_worker.weights import map_file
     from rayltx.sequence_parallel.group import SequenceParallelGroup
 
-    save_tiny_checkpoint(tmp_path / "model.safetensors", VERSION)
-    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
-    detected = detect(checkpoint)
-    model = ComfyModel(detected.spec, "cpu")
-    model.assign(map_file(checkpoint, tuple(checkpoint.tensors), detected.dtypes))
-    model.finish_loading()
-    model.keep_options(ConstantOptions("none", pack({})))
-    (x, timestep), kwargs = forward_arguments(model.diffusion_model, CASES[0], torch.device("cpu"))
-    kwargs.pop("transformer_options")
-    arguments = {"x": x, "timestep": timestep, **kwargs}
-    load = LoadInputs(run=1, latent_shape=list(x.shape), weight_budget=0, share=1.0)
-    inputs = StepInputs(arguments, {}, "none", None, load)
+    model, inputs = comfy_worker_model.loaded(tmp_path, VERSION)
     group = SequenceParallelGroup.single()
     right = model.forward(group, inputs)
     assert model.placed_bytes() > 0

@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
+from embedded_host import load_host
 
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
-from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untouched_forward, worst_error
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
@@ -37,16 +37,6 @@ def checkpoints(tmp_path_factory):
         return str(path), save_tiny_checkpoint(path, version, dtype=dtype)
 
     return get
-
-
-def load_host(path):
-    checkpoint = open_checkpoint(path)
-    host = DiffusersHost(DiffusersModel.of_checkpoint(checkpoint))
-    with checkpoint.open() as reader:
-        for names in checkpoint.portions:
-            host.assign({name: reader.read(name) for name in names})
-    host.finish_loading()
-    return host
 
 
 def run_cases(path, degrees, names, dtype=torch.float32):
