@@ -157,6 +157,7 @@ def test_the_package_works_under_any_folder_name(copy_elsewhere, tmp_path):
     assert "rayltx.sequence_parallel.ring" in modules
 
 
+@pytest.mark.slow
 def test_workers_find_a_package_under_any_folder_name(copy_elsewhere, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(copy_elsewhere / "importable")}
     output = tmp_path / "clip.safetensors"

@@ -106,6 +106,7 @@ print(len(module.NODE_CLASS_MAPPINGS), module.WEB_DIRECTORY)
     assert int(num_nodes) > 0 and (ROOT / web).is_dir()
 
 
+@pytest.mark.slow
 def test_the_command_of_a_wheel_runs_from_any_folder(installed, tmp_path):
     command = installed / "bin" / "rayltx"
     demo = next(installed.glob("lib/python*/site-packages/rayltx/demo/shapes.safetensors"))

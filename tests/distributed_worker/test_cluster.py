@@ -220,7 +220,8 @@ def test_a_cancel_stops_all_ranks_in_the_step(cluster, loaded, tmp_path):
     assert not cluster.group.is_broken
 
 
-@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.slow), "loop"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stop", "loop"])
 def test_a_rank_without_progress_is_found_by_its_block(cluster, loaded, tmp_path, caplog, how):
     """Long before the time that a step may take."""
     remote, inputs, reference = loaded

@@ -134,6 +134,7 @@ def test_where_no_worker_comes_up_ray_is_started_again(model, caplog):
         assert "started Ray again" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_again_is_lost_alone(model, tmp_path, caplog):
     """After Ray's end the weights come from their files: of one model the file is gone."""
     checkpoint, made, inputs = model

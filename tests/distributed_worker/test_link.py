@@ -74,6 +74,7 @@ def test_a_link_that_corrupts_or_hangs_is_used_without_peer_to_peer(
         assert "2 ranks reach each other" in caplog.text
 
 
+@pytest.mark.slow
 def test_without_another_way_the_error_says_what_arrived(request_for, tmp_path):
     with Cluster.start(request_for("corrupt")) as cluster:
         with pytest.raises(ClusterError, match=r"rank [01] received other numbers than were sent"):

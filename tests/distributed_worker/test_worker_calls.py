@@ -79,6 +79,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 def test_a_wrong_call_is_an_error_of_the_type_checker(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "rayltx").symlink_to(ROOT)
