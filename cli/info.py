@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from rayltx.cli.plan import audio_tokens, cards_here, described, shape_of
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
-from rayltx.diffusion_models.lightricks.step_plan import activation_bytes
+from rayltx.diffusion_models.lightricks.step_plan import Plan, Work, best, plan
 from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 
 _WORKER_COUNTS = (1, 2, 3, 4, 6, 8)
+_COLUMNS = (
+    "workers", "ulysses x ring", "tokens each", "heads each", "weights", "activations", "together", "a step", "times one",
+)  # fmt: skip
 
 
 def run_info(file: Path, width: int, height: int, frames: int) -> None:
@@ -35,7 +40,7 @@ def run_info(file: Path, width: int, height: int, frames: int) -> None:
         dtypes[info.type_name] += math.prod(info.values_shape)
     parameters = sum(dtypes.values())
 
-    console = Console(width=max(Console().width, 100))
+    console = Console(width=max(Console().width, 124))
     console.print(f"[bold]{Path(checkpoint.path).name}[/]: {checkpoint.version} transformer")
     console.print(f"  parameters  {_count(parameters)} in {checkpoint.num_blocks} blocks")
     console.print(
@@ -51,17 +56,35 @@ def run_info(file: Path, width: int, height: int, frames: int) -> None:
         title=f"{width}x{height}, {frames} frames: {shape.num_tokens} video tokens. Memory per GPU is an estimate.",
         title_justify="left",
     )
-    for column in ("workers", "ulysses x ring", "tokens each", "heads each", "weights", "activations", "together"):
+    for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
-    for workers in _WORKER_COUNTS:
-        for ring in (degree for degree in range(1, workers + 1) if workers % degree == 0):
-            table.add_row(*_row(checkpoint, model, shape, ParallelConfig(workers // ring, ring)))
+    cards, origins = cards_here()
+    model_shape = dataclasses.replace(shape_of(checkpoint), heads=model.num_heads)
+    work = Work(model_shape, checkpoint.num_bytes, shape.num_tokens, audio_tokens(model_shape, shape))
+    plans = [plan(work, cards, config) for config in _ways()]
+    chosen = best(plans)
+    for found in plans:
+        table.add_row(*_row(checkpoint, model, shape, found), style="bold" if found is chosen else "")
     console.print(table)
+    console.print(
+        f"A step is a calculation, for one row of a batch; the best way is bold: {described(cards, origins)}. "
+        "`rayltx plan` has more ways.",
+        highlight=False,
+    )
 
 
-def _row(checkpoint: Checkpoint, model: DiffusersModel, shape: LatentShape, config: ParallelConfig) -> list[str]:
+def _ways() -> list[ParallelConfig]:
+    return [
+        ParallelConfig(workers // ring, ring)
+        for workers in _WORKER_COUNTS
+        for ring in range(1, workers + 1)
+        if workers % ring == 0
+    ]
+
+
+def _row(checkpoint: Checkpoint, model: DiffusersModel, shape: LatentShape, found: Plan) -> list[str]:
+    config, activations = found.config, found.activation_bytes
     tokens, heads = config.token_sizes(shape.num_tokens).sizes, config.head_sizes(model.num_heads).sizes
-    activations = activation_bytes(config, shape.num_tokens, model.width, model.num_heads)
     note = "" if heads[-1] else " (idle ranks)"
     return [
         str(config.world_size),
@@ -71,6 +94,8 @@ def _row(checkpoint: Checkpoint, model: DiffusersModel, shape: LatentShape, conf
         _size(checkpoint.num_bytes),
         _size(activations),
         _size(checkpoint.num_bytes + activations),
+        f"{found.seconds:.2f} s" if found.seconds >= 0.1 else f"{1e3 * found.seconds:.1f} ms",
+        f"{found.speedup:.2f}",
     ]
 
 

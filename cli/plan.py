@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayltx.devices import CPU, automatic, kind_of
+from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import LTX_2, ModelShape
 from rayltx.diffusion_models.lightricks.step_plan import HIDDEN, Cards, Plan, Work, best, plan, ways_to_share
@@ -48,14 +49,18 @@ def model_of(path: Path | None) -> tuple[ModelShape, int]:
     if path is None:
         return LTX_2, 0
     checkpoint = open_model_file(path)
+    return shape_of(checkpoint), checkpoint.num_bytes
+
+
+def shape_of(checkpoint: Checkpoint) -> ModelShape:
+    """Of its transformer, with as many heads as all of LTX's have."""
 
     def width(attention: str) -> int:
         found = checkpoint.tensors.get(f"transformer_blocks.0.{attention}.to_q.weight")
         return 0 if found is None else found.values_shape[0]
 
     modulates_text = "transformer_blocks.0.prompt_scale_shift_table" in checkpoint.tensors
-    shape = ModelShape(checkpoint.num_blocks, width("attn1"), width("audio_attn1"), modulates_text=modulates_text)
-    return shape, checkpoint.num_bytes
+    return ModelShape(checkpoint.num_blocks, width("attn1"), width("audio_attn1"), modulates_text=modulates_text)
 
 
 def audio_tokens(model: ModelShape, shape: LatentShape) -> int:
@@ -77,7 +82,9 @@ def run_plan(options: PlanOptions) -> None:
     model, weight_bytes = model_of(options.checkpoint)
     rows = options.clips * (1 if options.cfg == 1.0 else 2)
     work = Work(model, weight_bytes, shape.num_tokens, audio_tokens(model, shape), rows)
-    cards, origins = _cards(options)
+    cards, origins = cards_here(
+        flops_per_s=options.tflops * 1e12, link_bytes_per_s=options.link * 1e9, memory_bytes=int(options.memory * 2**30)
+    )
     ways = ways_to_share(options.workers, rows)
     plans = [plan(work, cards, config) for config in ways if options.with_ring or config.ring_degree == 1]
     chosen = best(plans)
@@ -87,14 +94,9 @@ def run_plan(options: PlanOptions) -> None:
         _print(options, work, cards, origins, plans, chosen)
 
 
-def _cards(options: PlanOptions) -> tuple[Cards, dict[str, str]]:
-    """The cards, and where each of their numbers comes from."""
+def cards_here(**given: float) -> tuple[Cards, dict[str, str]]:
+    """The cards, and where each of their numbers comes from. given: fields of `Cards`; 0 for what is not."""
     kind = kind_of(automatic())
-    given = {
-        "flops_per_s": options.tflops * 1e12,
-        "link_bytes_per_s": options.link * 1e9,
-        "memory_bytes": int(options.memory * 2**30),
-    }
     found = {} if kind.name == CPU else {"flops_per_s": lambda: flops_per_s(kind), "memory_bytes": kind.total_bytes}
     numbers, origins = dataclasses.asdict(ASSUMED_CARDS), {}
     for name in numbers:
@@ -106,6 +108,16 @@ def _cards(options: PlanOptions) -> tuple[Cards, dict[str, str]]:
     return Cards(**numbers), origins
 
 
+def described(cards: Cards, origins: dict[str, str]) -> str:
+    """In a sentence, with where each number comes from."""
+    return (
+        f"a card computes {cards.flops_per_s / 1e12:.0f} TFLOP/s ({origins['flops_per_s']}), has "
+        f"{cards.memory_bytes / 2**30:.0f} GiB ({origins['memory_bytes']}), receives {cards.link_bytes_per_s / 1e9:.1f} GB/s "
+        f"from others ({origins['link_bytes_per_s']}) and {cards.host_bytes_per_s / 1e9:.0f} GB/s from the host "
+        f"({origins['host_bytes_per_s']})"
+    )
+
+
 def _print(
     options: PlanOptions, work: Work, cards: Cards, origins: dict[str, str], plans: list[Plan], chosen: Plan
 ) -> None:
@@ -114,10 +126,7 @@ def _print(
     console.print(
         f"{options.width}x{options.height}, {options.frames} frames: {work.video_tokens} video tokens, {work.audio_tokens} of "
         f"audio, {work.rows} {'row' if work.rows == 1 else 'rows'} a step (counted)\n"
-        f"a card computes {cards.flops_per_s / 1e12:.0f} TFLOP/s ({origins['flops_per_s']}), has "
-        f"{cards.memory_bytes / gib:.0f} GiB ({origins['memory_bytes']}), receives {cards.link_bytes_per_s / 1e9:.1f} GB/s from "
-        f"others ({origins['link_bytes_per_s']}) and {cards.host_bytes_per_s / 1e9:.0f} GB/s from the host "
-        f"({origins['host_bytes_per_s']})\n"
+        f"{described(cards, origins)}\n"
         f"{HIDDEN:.0%} of the exchange goes on behind computing (measured on CPU ranks with a modelled link)",
         highlight=False,
     )

@@ -67,6 +67,8 @@ def test_info_says_what_a_file_is(tmp_path):
         "bfloat16 100.0%",
         "4 heads of 24",
         "14080",
+        "times one",
+        "(assumed)",
     )
     for words in expected:
         assert words in done.stdout, (words, done.stdout)
