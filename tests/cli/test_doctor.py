@@ -1,5 +1,6 @@
 """`rayltx doctor`, and each of the checks of its report: that it finds what it is there for."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -48,7 +49,8 @@ def test_the_cost_of_a_step_is_that_of_the_published_shapes():
 
 def test_several_cards_pay_where_the_link_carries_enough():
     """RTX 4090s on PCIe 4 without peer-to-peer copies, as calculated by hand, and a link that is of no use."""
-    work = Work(LTX_2, 0, FRAMES_121.num_tokens, 126)
+    every_step = dataclasses.replace(LTX_2, modulates_text=True)  # makes its text's keys
+    work = Work(every_step, 0, FRAMES_121.num_tokens, 126)
     alone = StepCost.of(LTX_2, work.video_tokens, 126, ParallelConfig()).seconds(100e12)
     for ranks, waited_for, hidden in ((2, 83, 96), (4, 75, 93), (8, 71, 89)):
         cost = StepCost.of(LTX_2, work.video_tokens, 126, ParallelConfig(ranks))
@@ -57,6 +59,12 @@ def test_several_cards_pay_where_the_link_carries_enough():
         found = prediction(link(11, small_ms=0.0), ParallelConfig(ranks), work, 100e12, CUDA)
         percent = int(found.value.partition("(")[2].partition("%")[0])
         assert waited_for < percent <= hidden and not found.problem, found
+        keeps = prediction(
+            link(11, small_ms=0.0), ParallelConfig(ranks), dataclasses.replace(work, model=LTX_2), 100e12, CUDA
+        )
+        assert percent <= int(keeps.value.partition("(")[2].partition("%")[0]) <= percent + 6, (
+            "the text's keys are kept"
+        )
     slow = prediction(link(0.1), ParallelConfig(2), work, 100e12, CUDA)
     assert "one cuda would be as fast" in slow.problem and "use GPU 1" in slow.problem
     assert "no faster than one" in prediction(link(11), ParallelConfig(2), work, 1e12, CPU).value
