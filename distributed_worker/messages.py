@@ -20,12 +20,16 @@ from ray import cloudpickle
 from torch import Tensor
 
 from rayltx.distributed_worker.driver.kept import Kept
-from rayltx.distributed_worker.shared_bytes import Access, Segment, SharedBytes, shared
+from rayltx.distributed_worker.shared_bytes import Access, Segment, SharedBytes
 from rayltx.distributed_worker.shared_pages import libc, protected_views
 
 # Smaller tensors travel inside of the message: an object of its own costs about a millisecond.
 INLINE_BYTES = 64 * 2**10
 _MOST_ENTRIES = 64  # of what was sent: each holds two descriptors, of which a process often has a thousand
+_CALLS_APART = (
+    4  # at most, of two that are sent the same: a guider may ask for so many in a step, each with its own text
+)
+_ANSWERS = 3
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,34 @@ class SharedTensors:
     """In one memory file, for as long as the message lives: all workers of this machine map the same bytes."""
 
     def put(self, arrays: Sequence[np.ndarray]) -> list[SharedBytes]:
-        return Segment(arrays).parts([array.nbytes for array in arrays])
+        return Segment(arrays).parts()
+
+
+class AnswerTensors:
+    """As `SharedTensors`, in the file of an earlier answer where nobody looks at that any more.
+
+    It owns the files: the last answer's, which stays as it is while its message lives; one to write the next into; and one more
+    for who holds an answer for longer, as a sampler of several steps does.
+    """
+
+    def __init__(self, max_bytes: int = 64 * 2**20) -> None:
+        """max_bytes: of all files that are kept."""
+        self._max_bytes = max_bytes
+        self._segments: list[Segment] = []  # most recently written last
+
+    def put(self, arrays: Sequence[np.ndarray]) -> list[SharedBytes]:
+        found = next((segment for segment in self._segments if segment.rewrite(arrays)), None)
+        if found is None:
+            found = Segment(arrays)
+        else:
+            self._segments.remove(found)
+        self._segments.append(found)
+        while len(self._segments) > _ANSWERS or sum(sum(each.sizes) for each in self._segments) > self._max_bytes:
+            self._segments.pop(0)
+        return found.parts()
+
+    def clear(self) -> None:
+        self._segments.clear()
 
 
 class KeptTensors:
@@ -191,41 +222,75 @@ def _have_same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     return a.nbytes == b.nbytes and not libc().memcmp(a.ctypes, b.ctypes, ctypes.c_size_t(a.nbytes))
 
 
+@dataclass(eq=False)
+class _Sent:
+    """Of `SentTensors`."""
+
+    data: np.ndarray  # (bytes,) uint8
+    where: Segment | Kept
+    last_call: int = 0  # that it was sent with
+
+
 class SentTensors:
     """What has been sent and may be asked for again.
 
     Text conditioning and masks are the same in every step, though ComfyUI makes new tensors of them each time. They
     are known by their bytes, never by shape or by step, so that what is found is always what was meant.
+
+    The memory files are this store's. What has not been asked for in the last calls, as an earlier step's latent, makes room for
+    new bytes of its size, if no worker maps it any more.
     """
 
     def __init__(self, max_bytes: int = 256 * 2**20, keep: Callable[[np.ndarray], Kept] | None = None) -> None:
         """keep: puts bytes into Ray's store, where the workers are on other machines."""
         self._max_bytes, self._keep = max_bytes, keep
-        self._entries: list[tuple[np.ndarray, SharedBytes | Kept]] = []  # most recently used last
+        self._entries: list[_Sent] = []  # most recently used last
+        self._calls = 0
 
     def put(self, arrays: Sequence[np.ndarray]) -> list[SharedBytes | Kept]:
         """Where bytes equal to these are. The caller keeps it for as long as a worker may need it."""
+        self._calls += 1
         return [self._put(array) for array in arrays]
 
     def _put(self, data: np.ndarray) -> SharedBytes | Kept:
-        for position, (known, where) in enumerate(self._entries):
-            if _have_same_bytes(known, data):
+        for position, entry in enumerate(self._entries):
+            if _have_same_bytes(entry.data, data):
                 self._entries.append(self._entries.pop(position))
-                return where
-        if self._keep is None:
-            segment = shared(data)
-            self._entries.append(
-                (segment.array(), segment)
-            )  # the shared bytes themselves to compare with: no second copy
+                break
         else:
-            kept = self._keep(data.copy())
-            assert kept.source is not None
-            self._entries.append((kept.source, kept))
-        while len(self._entries) > 1 and (
-            len(self._entries) > _MOST_ENTRIES or sum(known.nbytes for known, _ in self._entries) > self._max_bytes
-        ):
-            self._entries.pop(0)
-        return self._entries[-1][1]
+            entry = self._rewritten(data) or self._new(data)
+            self._entries.append(entry)
+            while len(self._entries) > 1 and self._is_full(0, 0):
+                self._entries.pop(0)
+        entry.last_call = self._calls
+        return entry.where if isinstance(entry.where, Kept) else entry.where.parts()[0]
+
+    def _new(self, data: np.ndarray) -> _Sent:
+        if self._keep is None:
+            segment = Segment([data])
+            return _Sent(segment.views()[0], segment)  # the shared bytes themselves to compare with: no second copy
+        kept = self._keep(data.copy())
+        assert kept.source is not None
+        return _Sent(kept.source, kept)
+
+    def _rewritten(self, data: np.ndarray) -> _Sent | None:
+        """An entry that is not needed any more, with these bytes, taken out of the list."""
+        is_full = self._is_full(1, data.nbytes)
+        for entry in list(self._entries):
+            if entry.data.nbytes != data.nbytes or not isinstance(entry.where, Segment):
+                continue
+            if not is_full and self._calls - entry.last_call <= _CALLS_APART:
+                continue
+            self._entries.remove(entry)  # whatever writing raises: it may have stopped halfway
+            if entry.where.rewrite([data]):
+                return entry
+            self._entries.insert(0, entry)
+        return None
+
+    def _is_full(self, more: int, more_bytes: int) -> bool:
+        """Whether there is no room for some more entries."""
+        num_bytes = sum(entry.data.nbytes for entry in self._entries) + more_bytes
+        return len(self._entries) + more > _MOST_ENTRIES or num_bytes > self._max_bytes
 
     def clear(self) -> None:
         self._entries.clear()

@@ -28,7 +28,15 @@ from rayltx.distributed_worker.failure_watch import FailureWatch, abort_group
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.meeting import MeetingPoint, RankControl, use_interface_of
-from rayltx.distributed_worker.messages import Message, SharedTensors, bytes_of_tensor, load_call, pack, unpack
+from rayltx.distributed_worker.messages import (
+    AnswerTensors,
+    Message,
+    SharedTensors,
+    bytes_of_tensor,
+    load_call,
+    pack,
+    unpack,
+)
 from rayltx.distributed_worker.object_store import SHARED_MEMORY
 from rayltx.distributed_worker.outcomes import Failure, Outcome
 from rayltx.distributed_worker.pace import Pace
@@ -79,6 +87,7 @@ class Worker:
         """shared_folder: see `RayWorker`."""
         self._device = kind_of(device)
         self._store = SharedTensors() if shared_folder else None
+        self._answers = AnswerTensors() if shared_folder else None  # of steps, whose answers are alike
         if shared_folder:
             write_stacks_into(shared_folder)
         else:
@@ -232,6 +241,8 @@ class Worker:
     def release(self, model_id: str) -> None:
         """Forget a model, if it is known."""
         model = self._models.pop(model_id, None)
+        if self._answers is not None:
+            self._answers.clear()
         if model is not None:
             model.close()
         del model
@@ -286,7 +297,7 @@ class Worker:
         finally:
             if watch is not None:
                 watch.end()
-        self._result = pack(result, self._store) if from_all or group.rank == 0 else None
+        self._result = pack(result, self._answers) if from_all or group.rank == 0 else None
         return self._result
 
     def _bound(self, model_id: str, method: str, arguments: Message) -> Callable[..., object]:
