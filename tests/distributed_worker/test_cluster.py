@@ -20,6 +20,8 @@ from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untouched_forward, worst_error
 from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
 from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.driver import link
+from rayltx.distributed_worker.messages import dump_call
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError, OutOfMemory, ParallelConfigError, RanksFailedAlike, UnsupportedError, WorkerStuck
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -301,6 +303,15 @@ def test_what_does_not_change_travels_once(cluster, checkpoint_of):
         assert torch.equal(answer["context"], context) and torch.equal(answer["latent"], inputs["latent"])
     assert len(cluster.sending.of_steps) == 1 + 3, "one for the text in every step, one for each latent"
     remote.release()
+
+
+def test_a_step_is_pickled_and_sent_once_for_all_ranks(cluster, loaded, monkeypatch):
+    remote, inputs, reference = loaded
+    remote.forward(inputs, ParallelConfig(3, 1))
+    dumped = []
+    monkeypatch.setattr(link, "dump_call", lambda asked: dumped.append(asked) or dump_call(asked))
+    assert worst_error(remote.forward(inputs, ParallelConfig(3, 1)), reference) < 2e-6
+    assert [call.method for call in dumped] == ["call_host_together"]
 
 
 def test_what_a_worker_writes_is_its_own(cluster, checkpoint_of):
