@@ -10,8 +10,9 @@ import ctypes
 import io
 import mmap
 import pickle
+import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +33,22 @@ _CALLS_APART = (
 _ANSWERS = 3
 
 
+@dataclass
+class Mapped:
+    """What tensors of one message lie on."""
+
+    segments: dict[int, mmap.mmap] = field(default_factory=dict)  # see `SharedBytes.array`
+    written: set[tuple[int, int]] = field(default_factory=set)  # the places that a tensor may write to
+
+    def segments_with(self, data: SharedBytes) -> dict[int, mmap.mmap]:
+        """For a tensor that may be written to: others of equal bytes, which were sent once, do not see that."""
+        place = id(data.segment), data.offset
+        if place in self.written:
+            return {}
+        self.written.add(place)
+        return self.segments
+
+
 @dataclass(frozen=True)
 class WireTensor:
     """A tensor's bytes, or where they are."""
@@ -39,9 +56,10 @@ class WireTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     data: np.ndarray | SharedBytes | Kept
+    name: str = ""  # of bytes that come again, whatever they arrive in: see `Received`
 
-    def restore(self, mapped: dict[int, mmap.mmap], as_view: bool) -> Tensor:
-        """A tensor on the bytes. mapped: see `SharedBytes`; of one kind of views.
+    def restore(self, mapped: Mapped, as_view: bool) -> Tensor:
+        """A tensor on the bytes. mapped: of one message.
 
         as_view: uncopied, and protected from writing where several processes have it. Else it may be written, and a memory
         file's pages are copied when they are.
@@ -49,7 +67,8 @@ class WireTensor:
         data = self.data
         assert not isinstance(data, Kept), "what Ray keeps is put in its place when a call is loaded"
         if isinstance(data, SharedBytes):
-            return tensor_of_bytes(data.array(mapped, Access.READ if as_view else Access.OWN), self.dtype, self.shape)
+            segments = mapped.segments if as_view else mapped.segments_with(data)
+            return tensor_of_bytes(data.array(segments, Access.READ if as_view else Access.OWN), self.dtype, self.shape)
         if not data.flags.writeable and data.nbytes >= INLINE_BYTES:
             data = protected_views({"": data})[""]  # from Ray's store, whose pages can be written
         tensor = tensor_of_bytes(data, self.dtype, self.shape)
@@ -149,35 +168,98 @@ def pack(obj: object, store: Store | None = None, refer: Refer | None = None, as
     pickler.dump(obj)
     arrays = [bytes_of_tensor(tensor) for tensor in pickler.tensors]
     data: list[np.ndarray | SharedBytes | Kept] = [*arrays]
+    names: dict[int, str] = {}
     large = [number for number, array in enumerate(arrays) if array.nbytes >= INLINE_BYTES]
     if store is not None and large:
         for number, put in zip(large, store.put([arrays[number] for number in large])):
-            data[number] = put
-    wires = [WireTensor(tensor.dtype, tuple(tensor.shape), bytes_) for tensor, bytes_ in zip(pickler.tensors, data)]
+            data[number], names[number] = put.where, put.name
+    wires = [
+        WireTensor(tensor.dtype, tuple(tensor.shape), data[number], names.get(number, ""))
+        for number, tensor in enumerate(pickler.tensors)
+    ]
     return Message(file.getvalue(), tuple(wires), as_views)
 
 
-def unpack(message: Message, known: Callable[[str], object] | None = None) -> Any:
+def unpack(message: Message, known: Callable[[str], object] | None = None, received: Received | None = None) -> Any:
     """Put it together again. Tensors have memory of their own, that may be written, unless the message says otherwise.
 
-    known: what the names stand for that `pack` was told to leave in place of objects.
+    known: what the names stand for that `pack` was told to leave in place of objects. received: what has come before, and is
+    the same tensor again.
     """
-    mapped: dict[int, mmap.mmap] = {}
-    tensors = [wire.restore(mapped, message.as_views) for wire in message.tensors]
+    mapped = Mapped()
+    if received is None or message.as_views:
+        tensors = [wire.restore(mapped, message.as_views) for wire in message.tensors]
+    else:
+        tensors = received.restore(message.tensors, mapped)
     return _Unpickler(message.payload, tensors, known).load()
+
+
+@dataclass
+class _Again:
+    """Of `Received`."""
+
+    tensor: Tensor
+    version: int
+    last_call: int
+
+
+class Received:
+    """What has come to a worker for one model, and comes again: the very same tensor, so that what was made of it can be kept.
+
+    A tensor is known by the name that its sender gives to bytes which it sends once more, and is kept from then on. It is let go
+    of when no call has brought it for some time, when it has been written to, and by `clear`.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, torch.dtype, tuple[int, ...]], _Again] = {}
+        self._calls = 0
+
+    def restore(self, wires: Sequence[WireTensor], mapped: Mapped) -> list[Tensor]:
+        """The tensors of one message. mapped: see `WireTensor.restore`."""
+        self._calls += 1
+        for key, entry in list(self._entries.items()):
+            is_written = entry.tensor._version != entry.version  # noqa: SLF001
+            if is_written or self._calls - entry.last_call > _CALLS_APART:
+                del self._entries[key]
+        return [self._restore(wire, mapped) for wire in wires]
+
+    def _restore(self, wire: WireTensor, mapped: Mapped) -> Tensor:
+        key = wire.name, wire.dtype, wire.shape
+        entry = self._entries.get(key)
+        if entry is None or entry.last_call == self._calls:  # two tensors of equal bytes in one message are two
+            tensor = wire.restore(mapped, as_view=False)
+            if not wire.name or entry is not None or tensor.is_inference():
+                return tensor
+            entry = self._entries[key] = _Again(tensor, tensor._version, self._calls)  # noqa: SLF001
+        entry.last_call = self._calls
+        return entry.tensor
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@dataclass(frozen=True)
+class Put:
+    """Where a tensor's bytes went."""
+
+    where: SharedBytes | Kept
+    name: str = ""  # see `WireTensor`
 
 
 class Store(Protocol):
     """Where large tensors' bytes go when they are sent."""
 
-    def put(self, arrays: Sequence[np.ndarray]) -> Sequence[SharedBytes | Kept]: ...
+    def put(self, arrays: Sequence[np.ndarray]) -> Sequence[Put]: ...
 
 
 class SharedTensors:
     """In one memory file, for as long as the message lives: all workers of this machine map the same bytes."""
 
-    def put(self, arrays: Sequence[np.ndarray]) -> list[SharedBytes]:
-        return Segment(arrays).parts()
+    def put(self, arrays: Sequence[np.ndarray]) -> list[Put]:
+        return [Put(part) for part in Segment(arrays).parts()]
 
 
 class AnswerTensors:
@@ -192,7 +274,7 @@ class AnswerTensors:
         self._max_bytes = max_bytes
         self._segments: list[Segment] = []  # most recently written last
 
-    def put(self, arrays: Sequence[np.ndarray]) -> list[SharedBytes]:
+    def put(self, arrays: Sequence[np.ndarray]) -> list[Put]:
         found = next((segment for segment in self._segments if segment.rewrite(arrays)), None)
         if found is None:
             found = Segment(arrays)
@@ -201,7 +283,7 @@ class AnswerTensors:
         self._segments.append(found)
         while len(self._segments) > _ANSWERS or sum(sum(each.sizes) for each in self._segments) > self._max_bytes:
             self._segments.pop(0)
-        return found.parts()
+        return [Put(part) for part in found.parts()]
 
     def clear(self) -> None:
         self._segments.clear()
@@ -213,8 +295,8 @@ class KeptTensors:
     def __init__(self, keep: Callable[[np.ndarray], Kept]) -> None:
         self._keep = keep
 
-    def put(self, arrays: Sequence[np.ndarray]) -> list[Kept]:
-        return [self._keep(array) for array in arrays]
+    def put(self, arrays: Sequence[np.ndarray]) -> list[Put]:
+        return [Put(self._keep(array)) for array in arrays]
 
 
 def _have_same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
@@ -228,7 +310,9 @@ class _Sent:
 
     data: np.ndarray  # (bytes,) uint8
     where: Segment | Kept
-    last_call: int = 0  # that it was sent with
+    name: str = ""  # another each time that other bytes are there
+    first_call: int = 0  # that these bytes were sent with,
+    last_call: int = 0  # and the last one
 
 
 class SentTensors:
@@ -247,23 +331,25 @@ class SentTensors:
         self._entries: list[_Sent] = []  # most recently used last
         self._calls = 0
 
-    def put(self, arrays: Sequence[np.ndarray]) -> list[SharedBytes | Kept]:
+    def put(self, arrays: Sequence[np.ndarray]) -> list[Put]:
         """Where bytes equal to these are. The caller keeps it for as long as a worker may need it."""
         self._calls += 1
         return [self._put(array) for array in arrays]
 
-    def _put(self, data: np.ndarray) -> SharedBytes | Kept:
+    def _put(self, data: np.ndarray) -> Put:
         for position, entry in enumerate(self._entries):
             if _have_same_bytes(entry.data, data):
                 self._entries.append(self._entries.pop(position))
                 break
         else:
             entry = self._rewritten(data) or self._new(data)
+            entry.name, entry.first_call = secrets.token_hex(8), self._calls
             self._entries.append(entry)
             while len(self._entries) > 1 and self._is_full(0, 0):
                 self._entries.pop(0)
         entry.last_call = self._calls
-        return entry.where if isinstance(entry.where, Kept) else entry.where.parts()[0]
+        where = entry.where if isinstance(entry.where, Kept) else entry.where.parts()[0]
+        return Put(where, entry.name if entry.first_call < self._calls else "")
 
     def _new(self, data: np.ndarray) -> _Sent:
         if self._keep is None:
@@ -276,15 +362,16 @@ class SentTensors:
     def _rewritten(self, data: np.ndarray) -> _Sent | None:
         """An entry that is not needed any more, with these bytes, taken out of the list."""
         is_full = self._is_full(1, data.nbytes)
-        for entry in list(self._entries):
+        for position, entry in enumerate(self._entries):
             if entry.data.nbytes != data.nbytes or not isinstance(entry.where, Segment):
                 continue
-            if not is_full and self._calls - entry.last_call <= _CALLS_APART:
+            is_idle = self._calls - entry.last_call > _CALLS_APART
+            if not is_idle and not (is_full and position == 0):  # which would go next
                 continue
-            self._entries.remove(entry)  # whatever writing raises: it may have stopped halfway
+            del self._entries[position]  # whatever writing raises: it may have stopped halfway
             if entry.where.rewrite([data]):
                 return entry
-            self._entries.insert(0, entry)
+            self._entries.insert(position, entry)
         return None
 
     def _is_full(self, more: int, more_bytes: int) -> bool:

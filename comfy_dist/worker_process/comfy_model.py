@@ -33,6 +33,7 @@ from rayltx.comfy_dist.wire import (
 from rayltx.comfy_dist.worker_process.kernel_test import call_in_dtype, difference, differences_by_case
 from rayltx.comfy_dist.worker_process.model_on_shared_weights import build_on
 from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
+from rayltx.device_copies import DeviceCopies
 from rayltx.diffusion_models.lightricks.comfyui_host import replaced
 from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
@@ -63,6 +64,7 @@ class ComfyModel(ComfyHost):
         self._hooks: dict[str, RemoteHooks] = {}
         self._options: dict[str, tuple[Message, Options]] = {}  # as they were sent, and unpacked
         self._packed_objects: Message | None = None  # of the patches that are on
+        self._copies: DeviceCopies | None = None  # of what steps are sent, while a run goes on
 
     # ---- loading
 
@@ -100,10 +102,16 @@ class ComfyModel(ComfyHost):
 
     def _with_changing(self, kept: Options, inputs: StepInputs) -> Options:
         """The transformer options of a step, on the device."""
-        return to_device({**kept, **inputs.changing_options}, self._patcher.load_device)
+        return self._on_device({**kept, **inputs.changing_options})
+
+    def _on_device(self, obj: Any) -> Any:
+        """The same containers with their tensors on the device. What did not change since the last step is there."""
+        if self._copies is None:
+            self._copies = DeviceCopies(self._patcher.load_device)
+        return self._copies.in_containers(obj)
 
     def _call(self, inputs: StepInputs, options: Options) -> ModelOutput:
-        arguments = to_device(inputs.arguments, self._patcher.load_device)
+        arguments = self._on_device(inputs.arguments)
         return self.diffusion_model._forward(**arguments, transformer_options=options)
 
     def _shared(
@@ -235,12 +243,14 @@ class ComfyModel(ComfyHost):
         return self.placed_bytes()
 
     def end_run(self) -> None:
+        self._copies = None
         if self._patcher.load_device.type == "cpu":
             give_back_freed_memory()  # the allocator holds on to what the largest layers took
         else:
             management.soft_empty_cache()  # for what shares the card: the text encoder, the VAE
 
     def unload(self) -> None:
+        self._copies = None
         with torch.inference_mode():
             for loaded in list(management.current_loaded_models):
                 if self._base is not None and loaded.model is not None and loaded.model.is_clone(self._base):
@@ -251,6 +261,7 @@ class ComfyModel(ComfyHost):
             self._loaded_for = None
 
     def unload_bytes(self, num_bytes: int) -> int:
+        self._copies = None
         with torch.inference_mode():
             self._patcher.partially_unload(self._patcher.offload_device, num_bytes)
             management.soft_empty_cache()

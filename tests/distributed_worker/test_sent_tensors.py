@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayltx.distributed_worker.messages import AnswerTensors, SentTensors, pack, unpack
+from rayltx.distributed_worker.messages import AnswerTensors, Received, SentTensors, pack, unpack
 from rayltx.distributed_worker.shared_bytes import Access, Segment
 from rayltx.errors import ClusterError
 
@@ -134,3 +134,65 @@ def test_large_answers_leave_nothing_behind():
     before, store = files(), AnswerTensors(max_bytes=1000)
     pack(torch.zeros(NUM), store)
     assert files() == before
+
+
+def arrived(store, received, obj):
+    return unpack(crossed(pack(obj, store)), received=received)
+
+
+def test_what_comes_again_is_the_same_tensor_and_what_does_not_is_not_kept():
+    store, received = SentTensors(), Received()
+    text = torch.arange(NUM, dtype=torch.float32)
+    found = []
+    for step in range(6):
+        inputs = arrived(store, received, {"latent": torch.full((NUM,), float(step)), "text": text.clone()})
+        assert torch.equal(inputs["text"], text) and (inputs["latent"] == step).all()
+        found.append(inputs["text"])
+        assert len(received) == min(step, 1)
+    assert found[0] is not found[1] and all(tensor is found[1] for tensor in found[2:])
+
+
+def test_texts_that_take_turns_are_each_the_same_tensor():
+    store, received = SentTensors(), Received()
+    texts = [torch.full((NUM,), float(number)) for number in range(4)]
+    steps = [[arrived(store, received, text.clone()) for text in texts] for _ in range(4)]
+    assert all(steps[3][number] is steps[1][number] for number in range(4))
+    assert all(torch.equal(steps[3][number], texts[number]) for number in range(4))
+
+
+def test_what_was_written_to_comes_anew():
+    store, received = SentTensors(), Received()
+    text = torch.arange(NUM, dtype=torch.float32)
+    for _ in range(4):
+        found = arrived(store, received, text)
+        assert torch.equal(found, text)
+        with torch.inference_mode():
+            found[10:20].add_(1)
+
+
+def test_a_tensor_that_is_changed_in_place_is_sent_again():
+    store, received = SentTensors(), Received()
+    text = torch.arange(NUM, dtype=torch.float32)
+    for _ in range(4):
+        assert torch.equal(arrived(store, received, text), text)
+    text.numpy()[-1] = 0  # which no version counts
+    assert torch.equal(arrived(store, received, text), text)
+
+
+def test_equal_tensors_of_one_call_are_two_tensors():
+    store, received = SentTensors(), Received()
+    text = torch.arange(NUM, dtype=torch.float32)
+    for _ in range(4):
+        one, other = arrived(store, received, [text, text.clone()])
+        other.zero_()
+        assert torch.equal(one, text)
+
+
+def test_what_does_not_come_again_is_let_go_of():
+    store, received = SentTensors(), Received()
+    for _ in range(3):
+        arrived(store, received, torch.zeros(NUM))
+    assert len(received) == 1
+    for step in range(6):
+        arrived(store, received, torch.full((NUM,), step + 1.0))
+    assert not len(received)
