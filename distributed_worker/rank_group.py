@@ -137,6 +137,13 @@ class RankGroup:
         """Have a worker run a call after what it is doing. Nobody waits for it."""
         return self._driver.call(self._actors[rank], call)
 
+    def _start_each(self, calls: Mapping[int, Call[Worker, Any]]) -> dict[int, Answer]:
+        """`start`, for several ranks. What all are asked alike is sent once."""
+        one = next(iter(calls.values()), None)
+        if one is None or any(call is not one for call in calls.values()):
+            return {rank: self.start(rank, call) for rank, call in calls.items()}
+        return dict(zip(calls, self._driver.call_each([self._actors[rank] for rank in calls], one)))
+
     def start_and_keep(self, rank: int, call: Call[Worker, _Result]) -> tuple[Answer, Kept]:
         """The same, with what the call gives left in Ray's store, to be handed to others. `collect` says whether it went well."""
         return self._driver.call_and_keep(self._actors[rank], call)
@@ -173,8 +180,7 @@ class RankGroup:
     def tell_all(self, call: Call[Worker, object]) -> None:
         """Have all workers run a call after what they are doing. Nothing is waited for, nor reported."""
         if self.is_alive:
-            for rank in self.all_ranks:
-                self.start(rank, call)
+            self._start_each(dict.fromkeys(self.all_ranks, call))
 
     def run(
         self,
@@ -192,7 +198,7 @@ class RankGroup:
         Raises as `outcomes.results`; after RanksDisagree, WorkerDied and WorkerStuck the group has to be mended.
         """
         is_collective = any(call.kind is CallKind.COLLECTIVE for call in calls.values())
-        answers = {rank: self.start(rank, call) for rank, call in calls.items()}
+        answers = self._start_each(calls)
         num_ranks = len(calls) if is_collective else self._request.workers
         timeout_s = self._request.call_timeout_s if timeout_s is None else timeout_s
         calls_under_way = _CallsUnderWay(

@@ -28,7 +28,16 @@ from rayltx.distributed_worker.failure_watch import FailureWatch, abort_group
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.meeting import MeetingPoint, RankControl, use_interface_of
-from rayltx.distributed_worker.messages import Message, SharedTensors, bytes_of_tensor, load_call, pack, unpack
+from rayltx.distributed_worker.messages import (
+    AnswerTensors,
+    Message,
+    Received,
+    SharedTensors,
+    bytes_of_tensor,
+    load_call,
+    pack,
+    unpack,
+)
 from rayltx.distributed_worker.object_store import SHARED_MEMORY
 from rayltx.distributed_worker.outcomes import Failure, Outcome
 from rayltx.distributed_worker.pace import Pace
@@ -79,12 +88,14 @@ class Worker:
         """shared_folder: see `RayWorker`."""
         self._device = kind_of(device)
         self._store = SharedTensors() if shared_folder else None
+        self._answers = AnswerTensors() if shared_folder else None  # of steps, whose answers are alike
         if shared_folder:
             write_stacks_into(shared_folder)
         else:
             use_interface_of(ray.util.get_node_ip_address())
         self._result: Message | None = None  # kept until the next, for who asked to map what it shares
         self._models: dict[str, Host] = {}
+        self._received: dict[str, Received] = {}  # by model, of its steps
         self._group: SequenceParallelGroup | None = None
         # Of the group, which does not keep it itself, and of the one before: threads of NCCL's can outlive their group.
         self._meetings: deque[dist.Store] = deque(maxlen=2)
@@ -232,6 +243,9 @@ class Worker:
     def release(self, model_id: str) -> None:
         """Forget a model, if it is known."""
         model = self._models.pop(model_id, None)
+        self._received.pop(model_id, None)
+        if self._answers is not None:
+            self._answers.clear()
         if model is not None:
             model.close()
         del model
@@ -242,7 +256,11 @@ class Worker:
 
     @individual
     def call_host(self, model_id: str, method: str, arguments: Message) -> Message:
-        """Call a method of a host. arguments: its positional ones and its named ones. Raises what it raises."""
+        """Call a method of a host. arguments: its positional ones and its named ones. Raises what it raises.
+
+        What steps have received is let go of: such calls come before a run, after it, and where memory is wanted.
+        """
+        self._received.pop(model_id, None)
         self._result = pack(self._bound(model_id, method, arguments)(), self._store)
         return self._result
 
@@ -272,10 +290,12 @@ class Worker:
         if watch is not None:
             watch.begin()
         try:
-            result = self._bound(model_id, method, arguments)(group)
+            received = self._received.setdefault(model_id, Received())
+            result = self._bound(model_id, method, arguments, received)(group)
         except (UserError, StepCancelled):
             raise
         except Exception:
+            self._received.pop(model_id, None)  # memory may have run out
             # The others may be waiting for this rank.
             if control is not None:
                 control.abort()
@@ -286,12 +306,14 @@ class Worker:
         finally:
             if watch is not None:
                 watch.end()
-        self._result = pack(result, self._store) if from_all or group.rank == 0 else None
+        self._result = pack(result, self._answers) if from_all or group.rank == 0 else None
         return self._result
 
-    def _bound(self, model_id: str, method: str, arguments: Message) -> Callable[..., object]:
+    def _bound(
+        self, model_id: str, method: str, arguments: Message, received: Received | None = None
+    ) -> Callable[..., object]:
         host = self._models[model_id]
-        args, kwargs = unpack(arguments, host.module)
+        args, kwargs = unpack(arguments, host.module, received)
         return lambda *first: getattr(host, method)(*first, *args, **kwargs)
 
 

@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -131,6 +132,32 @@ class EchoHost:
         if group.rank != 0:
             return None
         return {name: inputs[name] for name in [inputs["answer"]] if name in inputs} if "answer" in inputs else inputs
+
+
+class RememberingHost(EchoHost):
+    """Answers on how many calls the text was the same tensor as in the one before, and with the text as it came."""
+
+    def __init__(self, spec, device):
+        super().__init__(spec, device)
+        self._last, self._same = None, 0
+
+    @individual
+    def is_last_alive(self):
+        return self._last() is not None
+
+    def forward(self, group, inputs):
+        if group.world is not None:
+            dist.barrier(group.world)
+        text = inputs["text"]
+        last = None if self._last is None else self._last()
+        self._same += text is last
+        self._last = weakref.ref(text)
+        answer = {"same": self._same, "text": text.clone()}
+        if "add" in inputs:
+            text[:, 1:].add_(inputs["add"])
+        if "fail" in inputs:
+            raise RuntimeError("every rank is out of patience")
+        return answer
 
 
 def corrupting_unless_told(payload, device):

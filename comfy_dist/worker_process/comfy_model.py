@@ -33,6 +33,7 @@ from rayltx.comfy_dist.wire import (
 from rayltx.comfy_dist.worker_process.kernel_test import call_in_dtype, difference, differences_by_case
 from rayltx.comfy_dist.worker_process.model_on_shared_weights import build_on
 from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
+from rayltx.device_copies import DeviceCopies
 from rayltx.diffusion_models.lightricks.comfyui_host import replaced
 from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
@@ -66,6 +67,7 @@ class ComfyModel(ComfyHost):
         self._packed_objects: Message | None = None  # of the patches that are on
         self._kept_text = KeptText(self._left_bytes)
         self._needed_bytes = 0.0  # of the device's memory, by a step, next to the weights
+        self._copies: DeviceCopies | None = None  # of what steps are sent, while a run goes on
 
     # ---- loading
 
@@ -104,10 +106,16 @@ class ComfyModel(ComfyHost):
 
     def _with_changing(self, kept: Options, inputs: StepInputs) -> Options:
         """The transformer options of a step, on the device."""
-        return to_device({**kept, **inputs.changing_options}, self._patcher.load_device)
+        return self._on_device({**kept, **inputs.changing_options})
+
+    def _on_device(self, obj: Any) -> Any:
+        """The same containers with their tensors on the device. What did not change since the last step is there."""
+        if self._copies is None:
+            self._copies = DeviceCopies(self._patcher.load_device)
+        return self._copies.in_containers(obj)
 
     def _call(self, inputs: StepInputs, options: Options) -> ModelOutput:
-        arguments = to_device(inputs.arguments, self._patcher.load_device)
+        arguments = self._on_device(inputs.arguments)
         return self.diffusion_model._forward(**arguments, transformer_options=options)
 
     def _shared(
@@ -245,15 +253,20 @@ class ComfyModel(ComfyHost):
         """What a step leaves of the device's memory; nothing where weights have no room, which cost more than a text's keys."""
         return 0.0 if self._patcher.model.model_lowvram else self.free_bytes() - self._needed_bytes
 
-    def end_run(self) -> None:
+    def _let_go_of_inputs(self) -> None:
+        """What is kept of a run's inputs, and of what was made of them."""
         self._kept_text.forget()
+        self._copies = None
+
+    def end_run(self) -> None:
+        self._let_go_of_inputs()
         if self._patcher.load_device.type == "cpu":
             give_back_freed_memory()  # the allocator holds on to what the largest layers took
         else:
             management.soft_empty_cache()  # for what shares the card: the text encoder, the VAE
 
     def unload(self) -> None:
-        self._kept_text.forget()
+        self._let_go_of_inputs()
         with torch.inference_mode():
             for loaded in list(management.current_loaded_models):
                 if self._base is not None and loaded.model is not None and loaded.model.is_clone(self._base):
@@ -264,7 +277,7 @@ class ComfyModel(ComfyHost):
             self._loaded_for = None
 
     def unload_bytes(self, num_bytes: int) -> int:
-        self._kept_text.forget()
+        self._let_go_of_inputs()
         with torch.inference_mode():
             self._patcher.partially_unload(self._patcher.offload_device, num_bytes)
             management.soft_empty_cache()

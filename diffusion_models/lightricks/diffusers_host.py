@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 from torch import Tensor, nn
 
+from rayltx.device_copies import DeviceCopies
 from rayltx.devices import KINDS
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
@@ -48,6 +49,7 @@ class DiffusersHost:
         self._transformer = model.build()
         self._official = {official: name for name, official in model.names.items()}
         self._dtype: torch.dtype | None = None
+        self._copies = DeviceCopies(self.device)  # of what steps are sent; each goes with what it was made of
         # Of the forward that is running; the hooks and processors below read them.
         self._sequence: ShardedSequence | None = None
         self._rows: TimestepRows | None = None
@@ -198,10 +200,10 @@ class DiffusersHost:
         }
 
     def _to_compute(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self._dtype)
+        return self._copies.of(tensor, self._dtype)
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
-        return None if mask is None else mask.to(self.device)
+        return None if mask is None else self._copies.of(mask)
 
     def _layers_of_text(self) -> list[nn.Module]:
         """Those that make keys and values of the text."""

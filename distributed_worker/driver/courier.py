@@ -27,7 +27,7 @@ from rayltx.distributed_worker.driver.protocol import (
     LOCAL,
     TELL_S,
     Answered,
-    CallWorker,
+    CallWorkers,
     Ended,
     EndWorker,
     Keep,
@@ -166,8 +166,9 @@ class Courier:
     def _do(self, request: Any) -> None:
         import ray
 
-        if isinstance(request, CallWorker):
-            self._call(request)
+        if isinstance(request, CallWorkers):
+            for call, worker in request.calls:
+                self._call(call, worker, request)
         elif isinstance(request, StartWorker):
             from rayltx.distributed_worker.driver.actor import RayWorker
 
@@ -193,8 +194,8 @@ class Courier:
             for number in request.kept:
                 self._kept.pop(number, None)
 
-    def _call(self, request: CallWorker) -> None:
-        actor = self._actors.get(request.worker)
+    def _call(self, call: int, worker: int, request: CallWorkers) -> None:
+        actor = self._actors.get(worker)
         try:
             if actor is None:
                 raise LookupError("the worker was ended")
@@ -207,10 +208,10 @@ class Courier:
                 )
         except Exception as error:  # whatever Ray raises for what it cannot send
             logger.exception("a call could not be handed on")
-            self._send(NotAnswered(request.call, _told(error)))
+            self._send(NotAnswered(call, _told(error)))
             return
         with self._new:
-            self._waiting[answer] = request.call
+            self._waiting[answer] = call
             self._new.notify()
 
     # ---- answers

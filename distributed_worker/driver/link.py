@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,26 +210,33 @@ class RayDriver:
 
     def call(self, worker: int, asked: object) -> Answer:
         """Have a worker run a call after what it is doing. asked: a `Call`."""
-        return self._call(worker, asked, None)
+        return self._call([worker], asked)[0]
+
+    def call_each(self, workers: Sequence[int], asked: object) -> list[Answer]:
+        """Have several workers run the same call, which is pickled and sent once. Returns an answer of each."""
+        return self._call(workers, asked)
 
     def call_and_keep(self, worker: int, asked: object) -> tuple[Answer, Kept]:
         """The same, with what the call gives kept in Ray's store; the answer says whether it gave it."""
         kept = Kept(self._run, next(self._numbers))
-        return self._call(worker, asked, kept), kept
+        return self._call([worker], asked, kept)[0], kept
 
-    def _call(self, worker: int, asked: object, keep_as: Kept | None) -> Answer:
+    def _call(self, workers: Sequence[int], asked: object, keep_as: Kept | None = None) -> list[Answer]:
         run = self._run
-        answer = Answer(next(self._numbers), asked=asked)
+        answers = [Answer(next(self._numbers), asked=asked) for _ in workers]
         stale, payload, kept = self._dump(run, asked)
         with self._changed:
             reason = f"{RAY_ENDED}{run.ended}" if run.ended else "what Ray kept is gone" if stale else None
-            if reason is not None:
-                answer.failure, answer.asked = reason, None
-                return answer
-            run.answers[answer.call] = answer
-        number = None if keep_as is None else keep_as.number
-        self._send(run, protocol.CallWorker(answer.call, worker, payload, kept, number))
-        return answer
+            for answer in answers:
+                if reason is None:
+                    run.answers[answer.call] = answer
+                else:
+                    answer.failure, answer.asked = reason, None
+        if reason is None:
+            calls = tuple((answer.call, worker) for answer, worker in zip(answers, workers))
+            number = None if keep_as is None else keep_as.number
+            self._send(run, protocol.CallWorkers(calls, payload, kept, number))
+        return answers
 
     def _dump(self, run: _Run, asked: object) -> tuple[bool, bytes, tuple[int, ...]]:
         payload, kept = dump_call(asked)

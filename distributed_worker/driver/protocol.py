@@ -47,9 +47,10 @@ class StartWorker:
 
 
 @dataclass(frozen=True)
-class CallWorker:
-    call: int
-    worker: int
+class CallWorkers:
+    """One call, or the same of several workers."""
+
+    calls: tuple[tuple[int, int], ...]  # (call, worker)
     payload: bytes
     kept: tuple[int, ...]  # results that the payload has numbers for
     keep_as: int | None  # the number of what the call gives besides its answer, where it gives something

@@ -1,6 +1,9 @@
 """What ComfyUI's process asks is what a worker's model answers."""
 
+import gc
 import inspect
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,3 +30,27 @@ def test_a_set_among_the_arguments_is_the_same_text_in_every_process(comfy):
         {"dtype": torch.bfloat16, "fast": {"a", "b"}}
     )
     assert "['a', 'b']" in as_text({"fast": {"b", "a"}})
+
+
+@pytest.mark.parametrize("end", ["end_run", "unload"])
+def test_what_steps_are_sent_unchanged_is_moved_once_and_given_back_after_the_run(comfy, end):
+    from rayltx.comfy_dist.worker_process.comfy_model import ComfyModel
+
+    model = ComfyModel(None, "meta")
+    model._patcher = SimpleNamespace(load_device=torch.device("meta"))
+    text = torch.zeros(300)
+
+    def step():
+        """What the model is called with: the text among the arguments, and among the options."""
+        options = model._with_changing({"mask": text}, SimpleNamespace(changing_options={"sigmas": torch.zeros(1)}))
+        return model._on_device({"context": [text]})["context"][0], options["mask"]
+
+    step()
+    steps = [step() for _ in range(3)]
+    assert steps[0][0].is_meta
+    assert all(tensor is steps[0][0] for found in steps for tensor in found)
+    kept = weakref.ref(steps[0][0])
+    del steps
+    getattr(model, end)()
+    gc.collect()
+    assert kept() is None

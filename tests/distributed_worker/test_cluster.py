@@ -20,9 +20,14 @@ from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untouched_forward, worst_error
 from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
 from rayltx.distributed_worker.cluster import Cluster
+from rayltx.distributed_worker.driver import link
+from rayltx.distributed_worker.messages import dump_call
 from rayltx.distributed_worker.request import ClusterRequest
+from rayltx.distributed_worker.worker_calls import ask
 from rayltx.errors import InputError, OutOfMemory, ParallelConfigError, RanksFailedAlike, UnsupportedError, WorkerStuck
 from rayltx.sequence_parallel.partition import ParallelConfig
+
+from cluster_hosts import RememberingHost
 
 TESTS = str(Path(__file__).parents[1])
 FAILING = "cluster_hosts:FailingHost"
@@ -301,6 +306,43 @@ def test_what_does_not_change_travels_once(cluster, checkpoint_of):
         answer = remote.forward(inputs, ParallelConfig(2, 1))
         assert torch.equal(answer["context"], context) and torch.equal(answer["latent"], inputs["latent"])
     assert len(cluster.sending.of_steps) == 1 + 3, "one for the text in every step, one for each latent"
+    remote.release()
+
+
+def test_a_step_is_pickled_and_sent_once_for_all_ranks(cluster, loaded, monkeypatch):
+    remote, inputs, reference = loaded
+    remote.forward(inputs, ParallelConfig(3, 1))
+    dumped = []
+    monkeypatch.setattr(link, "dump_call", lambda asked: dumped.append(asked) or dump_call(asked))
+    assert worst_error(remote.forward(inputs, ParallelConfig(3, 1)), reference) < 2e-6
+    assert [call.method for call in dumped] == ["call_host_together"]
+
+
+def test_a_model_gets_the_same_tensor_for_what_did_not_change(cluster, checkpoint_of):
+    """From the third step on. After the run, and after a failure, nothing is left of it."""
+    checkpoint, _ = checkpoint_of("LTX-Video")
+    remote = cluster.load(checkpoint, None, host="cluster_hosts:RememberingHost")
+    text, two = torch.randn(1, 300, 256), ParallelConfig(2, 1)
+
+    def same_in(steps, **more):
+        found = []
+        for step in range(steps):
+            inputs = {"text": text.clone(), "latent": torch.full((300, 300), float(step)), **more}
+            found.append(remote.forward_on_each(inputs, two))
+            assert all(torch.equal(answer["text"], text) for answer in found[-1])
+        return [answer["same"] for answer in found[-1]]
+
+    assert same_in(6) == [4, 4]
+    assert remote.call(ask(RememberingHost.is_last_alive), "asking", [0, 1]) == {0: False, 1: False}
+    assert same_in(1) == [4, 4] and same_in(2) == [6, 6]
+    assert same_in(3, add=1.0) == [7, 7], "what was written to is not what came"
+    with pytest.raises(RanksFailedAlike):
+        same_in(1, fail=True)
+    assert remote.call(ask(RememberingHost.is_last_alive), "asking", [0, 1]) == {0: False, 1: False}
+    text[0, 0, 0] += 1
+    before = same_in(1)
+    text.numpy()[0, 0, 1] += 1  # which no version counts
+    assert same_in(1) == before
     remote.release()
 
 
