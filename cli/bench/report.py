@@ -167,7 +167,7 @@ def reporting(
 
 
 def _print(report: Report) -> None:
-    console = Console(width=max(Console().width, 110), highlight=False)
+    console = Console(width=max(Console().width, 130), highlight=False)
     for line in (str(report.machine), str(report.load)):
         console.print(line, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD)
@@ -177,7 +177,9 @@ def _print(report: Report) -> None:
         table.add_row(each.what, style="bold")
         for number, arm in enumerate(each.arms):
             ratio = report.ratio(each, arm)
-            numbers = map(_number, (arm.median, min(arm.samples), max(arm.samples)))
+            numbers = [_number(arm.median), *(_number(most(arm.samples)) for most in (min, max))]
+            if len(arm.samples) == 1:
+                numbers[1:] = "", ""
             told = "" if ratio is None or number == 0 else f"{ratio:.3f}"
             table.add_row(f"  {arm.name}", *numbers, each.unit, told)
         table.add_section()
@@ -202,7 +204,7 @@ def _remarks(report: Report) -> Sequence[str]:
 
 def _number(value: float) -> str:
     """With about four digits."""
-    if value == 0 or abs(value) >= 100:
+    if value == round(value) or abs(value) >= 100:
         return f"{value:.0f}"
     if abs(value) < 1e-3:
         return f"{value:.2e}"
