@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from rayltx.cli.option_types import ComfyUIOption, Device, DeviceOption
+from rayltx.errors import InputError
 
 if TYPE_CHECKING:
     from rayltx.cli.bench.report import Output
@@ -153,9 +154,17 @@ def load(
     plot: PlotOption = None,
 ) -> None:
     """Measure memory and time of one checkpoint on several workers; with --comfyui, memory through unloading and LoRAs."""
+    output = _output(as_json, plot)
+    if comfyui is not None:
+        from rayltx.cli.bench.load_in_comfyui import LoadInComfyUIOptions, run_load_in_comfyui
+
+        run_load_in_comfyui(LoadInComfyUIOptions(gib, workers, type, changes, comfyui), output)
+        return
     from rayltx.cli.bench.load import LoadOptions, run_load
 
-    run_load(LoadOptions(gib, workers, rounds, type, changes, comfyui), _output(as_json, plot))
+    if type is not None:
+        raise InputError(f"type={type} is for ComfyUI's model; give --comfyui FOLDER, or leave it out")
+    run_load(LoadOptions(gib, workers, rounds), output)
 
 
 @bench.command()

@@ -17,11 +17,9 @@ from pathlib import Path
 import torch
 
 from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, at_least, reporting
-from rayltx.cli.bench.small_models import check_comfyui
 from rayltx.cli.packages import require_packages
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import ClusterRequest
-from rayltx.errors import InputError
 
 _WIDTH, _HEADS = 1024, 16
 _CONFIG = {
@@ -38,29 +36,14 @@ _STORE_SETTLES_S = 1.0  # it learns in the background of what is released
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """type, changes: for ComfyUI's model alone."""
-
     gib: float
     workers: int
     rounds: int
-    type: str | None
-    changes: int
-    comfyui: Path | None
 
 
 def run_load(options: LoadOptions, output: Output) -> None:
     """Print. Raises InputError and MissingPackageError."""
-    at_least(
-        gib=(options.gib, 0.001), workers=(options.workers, 1), rounds=(options.rounds, 1), changes=(options.changes, 1)
-    )
-    if options.comfyui is not None:
-        from rayltx.cli.bench.load_in_comfyui import measure_in_comfyui
-
-        check_comfyui(options.comfyui)
-        measure_in_comfyui(options.comfyui, options, output)
-        return
-    if options.type is not None:
-        raise InputError(f"type={options.type} is for ComfyUI's model; give --comfyui FOLDER, or leave it out")
+    at_least(gib=(options.gib, 0.001), workers=(options.workers, 1), rounds=(options.rounds, 1))
     require_packages(("diffusers",), "bench load")
     with reporting("load", vars(options), output, options.workers) as report, tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -73,6 +56,9 @@ def run_load(options: LoadOptions, output: Output) -> None:
         for what, (unit, clock) in _UNITS.items():
             arms = [Arm(f"{n} worker{'s' if n > 1 else ''}", tuple(each)) for n, each in samples[what].items()]
             report.measurements.append(Measurement(what, unit, clock, tuple(arms)))
+        report.remarks.append(
+            "what a worker imports when it first loads is in its memory, and shows where the file is small"
+        )
         report.found["the file, in GiB"] = path.stat().st_size / 2**30
 
 

@@ -7,19 +7,17 @@ itself only then.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, reporting
+from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, at_least, reporting
+from rayltx.cli.bench.small_models import check_comfyui
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError
 from rayltx.expansion.comfyui_gguf.convert import convert
 from rayltx.sequence_parallel.partition import ParallelConfig
-
-if TYPE_CHECKING:
-    from rayltx.cli.bench.load import LoadOptions
 
 _WIDTH, _HEADS = 2048, 32  # of LTX-Video 2B
 _SMALL_WIDTH = 96
@@ -27,17 +25,28 @@ _WEIGHT_BYTES = {None: 4.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32}
 _SHAPE, _TEXT_TOKENS, _STEPS = (1, 128, 2, 4, 4), 8, 2
 
 
-def measure_in_comfyui(comfyui: Path, options: LoadOptions, output: Output) -> None:
+@dataclass(frozen=True)
+class LoadInComfyUIOptions:
+    gib: float
+    workers: int
+    type: str | None
+    changes: int
+    comfyui: Path
+
+
+def run_load_in_comfyui(options: LoadInComfyUIOptions, output: Output) -> None:
     """Print. Raises InputError."""
+    at_least(gib=(options.gib, 0.001), workers=(options.workers, 1), changes=(options.changes, 1))
     if options.type not in _WEIGHT_BYTES:
         raise InputError(f"type={options.type} must be Q8_0 or Q4_0, for a GGUF file; without, it is float32")
+    check_comfyui(options.comfyui)
     from rayltx.cli.bench.comfyui_sampling import sample, with_lora
     from rayltx.comfy_dist.main_process.headless import comfyui_cluster
 
     with (
-        reporting("load", vars(options), output, options.workers, comfyui) as report,
+        reporting("load", vars(options), output, options.workers, options.comfyui) as report,
         tempfile.TemporaryDirectory() as folder,
-        comfyui_cluster(comfyui, ClusterRequest(workers=options.workers)) as cluster,
+        comfyui_cluster(options.comfyui, ClusterRequest(workers=options.workers)) as cluster,
     ):
         from rayltx.comfy_dist.main_process.placement import Placement
         from rayltx.comfy_dist.main_process.twin import load_twin

@@ -53,11 +53,11 @@ def test_start_counts_all_processes_of_workers_and_one_that_imports():
 
 
 def test_load_finds_one_copy_of_the_weights():
-    samples, found = reported("load", "--gib", 0.2, "--workers", 2, "--rounds", 1)
+    samples, found = reported("load", "--gib", 0.4, "--workers", 2, "--rounds", 1)
     held, first, again = samples.values()
     assert list(held) == list(first) == list(again) == ["1 worker", "2 workers"]
-    assert held["2 workers"][0] == pytest.approx(1.0, abs=0.5), "not one for each worker"
-    assert found["the file, in GiB"] == pytest.approx(0.2, rel=0.5)
+    assert held["2 workers"][0] - held["1 worker"][0] < 0.6, "one copy for both, and what they import"
+    assert found["the file, in GiB"] == pytest.approx(0.4, rel=0.3)
 
 
 def test_dequant_gives_the_bits_of_the_gguf_package():
