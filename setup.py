@@ -12,7 +12,7 @@ class BuildPy(build_py):
     def finalize_options(self) -> None:
         super().finalize_options()
         if not self.editable_mode:
-            # Found, not listed: a list would go stale. The tests, the benchmarks and the scripts are no packages.
+            # Found, not listed: a list would go stale. The tests and the scripts are no packages.
             self.packages = ["rayltx", *(f"rayltx.{name}" for name in find_packages())]
             self.package_dir = {"rayltx": "."}
             self.package_data = {"rayltx.demo": ["shapes.safetensors"]}

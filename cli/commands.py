@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +12,21 @@ from rich.logging import RichHandler
 
 from rayltx.about import VERSION
 from rayltx.cli import exit_codes
+from rayltx.cli.bench_commands import bench
+from rayltx.cli.option_types import (
+    AddressOption,
+    CfgDegreeOption,
+    ComfyUIOption,
+    Device,
+    DeviceOption,
+    Dtype,
+    GpusOption,
+    RingOption,
+    SharesOption,
+    StoreOption,
+    UlyssesOption,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from rayltx.cli.cluster_options import ClusterOptions
@@ -26,46 +40,7 @@ app = typer.Typer(
 )
 
 
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(str, Enum):
-    file = "file"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-bench = typer.Typer(no_args_is_help=True, help="Measure and count.")
 app.add_typer(bench, name="bench")
-
-Workers = Annotated[int, typer.Option(help="How many workers; 0: one for each GPU, or 1 without a GPU.")]
-UlyssesOption = Annotated[
-    int, typer.Option("--ulysses", help="Ulysses degree: ranks that trade tokens for heads. 0: what is left.")
-]
-RingOption = Annotated[
-    int, typer.Option("--ring", help="Ring degree: groups that pass keys and values around. 0: what is left.")
-]
-CfgDegreeOption = Annotated[
-    int,
-    typer.Option(
-        "--cfg-degree", help="Groups of ranks for positive and negative conditioning. 0: 2 where the workers are even."
-    ),
-]
-SharesOption = Annotated[
-    str, typer.Option(help='How much each worker gets: "3, 2", or "even". Empty: by the speed of unlike devices.')
-]
-DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is a GPU.")]
-GpusOption = Annotated[str, typer.Option("--gpus", help='GPU numbers such as "0,2"; empty: the first ones.')]
-AddressOption = Annotated[str, typer.Option(help="local: start Ray here; or the address of a Ray cluster.")]
-ComfyUIOption = Annotated[
-    Optional[Path],  # noqa: UP045  (evaluated on Python 3.10)
-    typer.Option(help="The folder of a ComfyUI: run its own model instead of diffusers'."),
-]
-StoreOption = Annotated[float, typer.Option("--object-store-gb", help="Size of Ray's object store; 0: automatic.")]
 
 
 def _version(value: bool) -> None:
@@ -230,23 +205,6 @@ def doctor(
     healthy = run_doctor(_cluster_options(workers, device, gpus), question, gpu_report)
     if not healthy:
         raise typer.Exit(exit_codes.FAILURE)
-
-
-@bench.command()
-def counts(
-    model: Annotated[str, typer.Option(help="LTX-Video, LTX-2, LTX-2.3 or LTX-2.5.")] = "LTX-2",
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 1280,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 704,
-    frames: Annotated[int, typer.Option(help="Pixel frames, 8k + 1.")] = 121,
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2,4,8",
-    chunks: Annotated[int, typer.Option(help="Feed-forward in so many portions; 0: automatic, 1: at once.")] = 1,
-    comfyui: ComfyUIOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Count what a layer of the real width computes, exchanges and holds on a rank. Takes seconds, on any machine."""
-    from rayltx.cli.bench.counts import CountOptions, parse_ranks, run_counts
-
-    run_counts(CountOptions(model, width, height, frames, parse_ranks(ranks), chunks, comfyui, as_json))
 
 
 @app.command()

@@ -17,6 +17,8 @@ from rayltx.missing_packages import not_found, pip_install
 _PACKAGES = {name: name for name in ("typer", "rich", "diffusers", "imageio", "av")}
 _PACKAGES |= {name: name for name in ("ray", "gguf", "safetensors", "numpy", "psutil", "torch")}
 _PACKAGES["PIL"] = "pillow"
+_OPTIONAL = {"matplotlib"}  # of no extra: they have other uses, and other versions, on most machines
+_PACKAGES |= {name: name for name in _OPTIONAL}
 
 
 def require_packages(modules: Iterable[str], who: str) -> None:
@@ -25,7 +27,9 @@ def require_packages(modules: Iterable[str], who: str) -> None:
     if not missing:
         return
     remedies = []
-    if set(missing) - {"torch"}:
+    if optional := [_PACKAGES[name] for name in missing if name in _OPTIONAL]:
+        remedies.append("Install with:\n" + pip_install(" ".join(optional)))
+    if set(missing) - {"torch"} - _OPTIONAL:
         # A folder is installed as it stands; a wheel's name is known to pip.
         remedies.append("Install with:\n" + pip_install(f'-e "{ROOT}[cli]"' if SEARCH_PATH else '"rayltx[cli]"'))
     if "torch" in missing:

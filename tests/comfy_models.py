@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rayltx.comfy_dist.tiny_checkpoints import model_class, save_tiny_checkpoint  # noqa: F401
+from rayltx.comfy_dist.tiny_vaes import VAE_CONFIG, VIDEO_VAES, video_vae_model  # noqa: F401
 from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
 from rayltx.diffusion_models.lightricks.random_weights import randomise
 from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS as CONFIGS  # noqa: F401
@@ -23,19 +24,6 @@ def slow(*values):
 
 # The one that has most of what the others have each time; those with `-m slow`.
 VERSIONS = ["LTX-2.3", *slow("LTX-Video", "LTX-2", "LTX-2.5")]
-
-
-# A VAE of LTX's kind, with few channels: 8 x 32 x 32 pixels a latent, as all of them.
-_RES = ["res_x", {"num_layers": 1, "inject_noise": False}]
-_NOISY_RES = ["res_x", {"num_layers": 1, "inject_noise": True}]
-_UP = ["compress_all", {"residual": True, "multiplier": 2}]
-VAE_CONFIG = {
-    "_class_name": "CausalVideoAutoencoder", "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128,
-    "encoder_base_channels": 8, "decoder_base_channels": 8, "patch_size": 4, "norm_layer": "pixel_norm",
-    "encoder_blocks": [*[["compress_all", {}]] * 3, _RES], "decoder_blocks": [_RES, _UP, _UP, _UP, _RES],
-    "scaling_factor": 1.0, "latent_log_var": "uniform", "use_quant_conv": False, "causal_decoder": False,
-    "timestep_conditioning": False,
-}  # fmt: skip
 
 
 def save_tiny_bundle(path: Path, version: str) -> None:
@@ -52,19 +40,6 @@ def save_tiny_bundle(path: Path, version: str) -> None:
     save_file(tensors, path, metadata={"config": json.dumps({**config, "vae": VIDEO_VAES[kind]})})
 
 
-# The decoder of LTX-2.5: neighbourhood attention in five stages, the last of which takes noise off.
-_DIFFUSION_CONFIG = {
-    "_class_name": "CausalDiffusionVAE", "dims": 3, "model_output_type": "x0",
-    "encoder": {
-        "in_channels": 3, "out_channels": 128, "blocks": [*[["compress_all", {}]] * 3, _RES], "patch_size": 4,
-        "latent_log_var": "constant", "norm_layer": "pixel_norm", "base_channels": 8,
-    },
-    "decoder": {
-        "head_dim": 8, "stage_channels": [64, 32, 16, 16, 8], "stage_depths": [1, 1, 1, 1, 1], "t_emb_dim": 8,
-        "stage_kernels": [[3, 7, 7], [3, 7, 7], [3, 5, 5], [3, 5, 5], [11, 11, 11]], "stage5_kernel": [11, 11, 11],
-        "upsamples": [[[1, 2, 2], 2], [[2, 1, 1], 2], [[2, 2, 2], 1], [[2, 2, 2], 2]],
-    },
-}  # fmt: skip
 _MEL = {
     "double_z": True, "mel_bins": 64, "z_channels": 8, "resolution": 64, "in_channels": 2, "out_ch": 2, "ch": 8,
     "ch_mult": [1, 2, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "mid_block_add_attention": False,
@@ -77,36 +52,6 @@ _SOUND_CONFIG = {
     },
     "vocoder": {"upsample_initial_channel": 32, "stereo": True},
 }
-NOISY_CONFIG = {  # as of LTX-Video 0.9.1 to 0.9.8, which draw noise while they decode
-    **VAE_CONFIG, "timestep_conditioning": True, "spatial_padding_mode": "reflect",
-    "decoder_blocks": [_NOISY_RES, _UP, _UP, _UP, _NOISY_RES],
-}  # fmt: skip
-VIDEO_VAES = {"convolutions": VAE_CONFIG, "convolutions with noise": NOISY_CONFIG, "diffusion": _DIFFUSION_CONFIG}
-
-
-def video_vae_model(kind: str) -> torch.nn.Module:
-    """The model of a VAE of VIDEO_VAES, with seeded weights."""
-    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
-
-    if kind == "diffusion":
-        from comfy.ldm.lightricks.vae.na_diffusion_decoder import CausalDiffusionVAE
-
-        model = CausalDiffusionVAE(config=VIDEO_VAES[kind])
-    else:
-        model = VideoVAE(config=VIDEO_VAES[kind])
-    randomise(model, 0)
-    with torch.no_grad():
-        last = model.decoder.conv_out if kind == "diffusion" else model.decoder.conv_out.conv
-        last.weight.mul_(0.02)  # most pixels are within their bounds then, where differences show
-        for layer in model.decoder.modules():
-            if getattr(layer, "inject_noise", False):  # so that it is not drowned
-                layer.per_channel_scale1.mul_(20)
-                layer.per_channel_scale2.mul_(20)
-    generator = torch.Generator().manual_seed(1)
-    statistics = model.per_channel_statistics
-    statistics.register_buffer("std-of-means", 0.5 + torch.rand(128, generator=generator))
-    statistics.register_buffer("mean-of-means", torch.randn(128, generator=generator))
-    return model.eval()
 
 
 def save_tiny_vae(path: Path, kind: str) -> None:

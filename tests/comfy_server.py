@@ -44,7 +44,7 @@ def install_pack(custom_nodes: Path) -> Path:
         check=True,
     ).stdout.splitlines()
     for name in names:
-        if not name.startswith(("tests/", "demo/shapes", "benchmarks/")) and (ROOT / name).is_file():
+        if not name.startswith(("tests/", "demo/shapes")) and (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target / name)
     return target

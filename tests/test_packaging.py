@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings this one there
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE_THE_PACKAGE = ("tests/", "benchmarks/", "scripts/", "importable/", "setup.py")
+OUTSIDE_THE_PACKAGE = ("tests/", "scripts/", "importable/", "setup.py")
 
 
 def run(*command, **options):

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rayltx.cli.bench.fake_ranks import Counts, counted, rank_zero_of
 from rayltx.cli.bench.real_sizes import comfyui_config, transformer_config
+from rayltx.cli.bench.small_models import check_comfyui, enter_comfyui
 from rayltx.cli.packages import require_packages
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
@@ -104,6 +105,8 @@ def layer_counts(
     """
     if comfyui is None:
         require_packages(("diffusers",), "bench counts")
+    else:
+        check_comfyui(comfyui)
     model_of = _diffusers_forward if comfyui is None else _comfyui_forward(comfyui)
     width = transformer_config(version, 1)["cross_attention_dim"]
     found = []
@@ -175,21 +178,15 @@ def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: in
 
 
 def _comfyui_forward(folder: Path) -> Callable[..., Forward]:
-    from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, enter
-
-    enter(ComfyEnvironment.headless(str(folder.resolve()), cpu=True), "cpu")
+    enter_comfyui(folder)
 
     def forward_of(version: str, layers: int, shape: LatentShape, chunks: int) -> Forward:
-        import comfy.ldm.modules.attention as attention
         import comfy.ops
 
         from rayltx.comfy_dist.model_spec import has_audio, text_width
         from rayltx.comfy_dist.tiny_checkpoints import model_class
         from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 
-        # ComfyUI's choice on a CPU takes more memory where more is free.
-        for name in ("optimized_attention", "optimized_attention_masked"):
-            setattr(attention, name, attention.attention_pytorch)
         operations = comfy.ops.disable_weight_init
         model = model_class(version)(
             **comfyui_config(version, layers), dtype=_DTYPE, device="cpu", operations=operations

@@ -11,7 +11,7 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 from rayltx.sequence_parallel.self_attention import head_groups
 
 TEXT_TOKENS = 1024  # as ComfyUI's text encoders pad
-_HIDING = 0.3  # of the time of computing, behind which an exchange can go on: as far as it was measured (`benchmarks/overlap.py`)
+_HIDING = 0.3  # of the time of computing, behind which an exchange can go on: as far as it was measured (`rayltx bench overlap`)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rayltx.diffusion_models.lightricks.step_cost import ModelShape, StepCost
 from rayltx.sequence_parallel.exchange_memory import exchange_bytes
 from rayltx.sequence_parallel.partition import ParallelConfig
 
-# Of the exchange, that goes on behind attention: what `benchmarks/overlap.py` found on a modelled link, to within its noise.
+# Of the exchange, that goes on behind attention: what `rayltx bench overlap` found on a modelled link, to within its noise.
 HIDDEN = 0.8
 ELEMENT_BYTES = 2  # of bfloat16
 # Tensors of (tokens, width) that live at once at the peak of a block, beside those of the exchange: the residual stream, its

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rayltx.about import ROOT
 
-_NOT_SENT = ("tests", "benchmarks", "scripts", "importable", "build")
+_NOT_SENT = ("tests", "scripts", "importable", "build")
 
 
 def copy_package(folder: Path) -> Path:

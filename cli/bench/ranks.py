@@ -1,0 +1,75 @@
+"""Ranks in processes of their own, without Ray: for measurements that want nothing else on a rank's processor."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from rayltx.devices import CPU, kind_of
+from rayltx.errors import UserError
+from rayltx.sequence_parallel.group import SequenceParallelGroup
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+
+def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, device: str = CPU) -> list[Any]:
+    """What `function(group, *arguments)` returns on each of so many new ranks, by rank: small things without tensors.
+
+    function: of a module. Each rank has one thread; with a GPU each has its own. Raises what the first rank raised for the
+    user to mend, and torch's ProcessRaisedException for the rest.
+    """
+    answers: Any = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (ranks, folder, answers, function, arguments, device), nprocs=ranks)
+    found = dict(answers.get() for _ in range(ranks))
+    for answer in found.values():
+        if isinstance(answer, UserError):
+            raise answer
+    return [found[rank] for rank in range(ranks)]
+
+
+def _rank(
+    rank: int, ranks: int, folder: str, answers: Any, function: Callable[..., Any], arguments: Any, device: str
+) -> None:
+    torch.set_num_threads(1)
+    kind = kind_of(device)
+    if device != CPU:
+        getattr(torch, device).set_device(rank)
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group(kind.collectives, store=store, rank=rank, world_size=ranks)
+    try:
+        answer = function(SequenceParallelGroup.create(ParallelConfig(ranks)), *arguments)
+    except UserError as error:
+        answer = error  # alike on every rank
+    answers.put((rank, answer))
+    dist.destroy_process_group()
+
+
+def thread_seconds(work: Callable[[], object]) -> float:
+    """Processor time of this thread, which computes: what threads of the exchange take is not in it."""
+    began = time.thread_time()
+    work()
+    return time.thread_time() - began
+
+
+def event_seconds(device: str, work: Callable[[], object]) -> float:
+    """Between two events on this rank's GPU: with what it waits there for others."""
+    module = getattr(torch, device)
+    before, after = module.Event(enable_timing=True), module.Event(enable_timing=True)
+    before.record()
+    work()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def slowest(seconds: float, device: str = CPU) -> float:
+    """Of all ranks. Collective."""
+    mine = torch.tensor(seconds, dtype=torch.float32 if device != CPU else torch.float64, device=device)
+    dist.all_reduce(mine, dist.ReduceOp.MAX)
+    return float(mine)
