@@ -74,7 +74,7 @@ def compared_with_plan(small: SmallModel, ranks: int, alone_s: float, part_s: fl
     """Measured and planned efficiency, and by how many percent the plan's time of a rank is off."""
 
     def cost(config: ParallelConfig) -> StepCost:
-        return StepCost.of(small.planned, small.shape.num_tokens, small.audio_tokens, config)
+        return StepCost.of(small.planned, small.shape.num_tokens, small.audio_tokens, config, keeps_text=True)
 
     flops_per_s = cost(ParallelConfig()).flops / alone_s
     planned_s = cost(ParallelConfig(ranks)).flops / flops_per_s

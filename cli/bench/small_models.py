@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,10 +69,11 @@ class SmallModel:
         """As the plan knows it."""
         config = TRANSFORMER_CONFIGS[self.version]
         audio = config.get("audio_num_attention_heads", 0) * config.get("audio_attention_head_dim", 0)
-        return ModelShape(self.layers, self.heads * self.head_width, audio, self.heads)
+        modulates_text = bool(config.get("cross_attention_adaln"))
+        return ModelShape(self.layers, self.heads * self.head_width, audio, self.heads, modulates_text)
 
     def build(self) -> Forward:
-        """With seeded weights and inputs, float32, in this process."""
+        """With seeded weights and inputs, float32, in this process. From the second forward on the text's keys are kept."""
         return _diffusers_forward(self) if self.comfyui is None else _comfyui_forward(self)
 
     def randn(self, *shape: int) -> Tensor:
@@ -155,7 +157,9 @@ def _comfyui_forward(small: SmallModel) -> Forward:
     enter_comfyui(small.comfyui, small.device)
     from rayltx.comfy_dist.model_spec import has_audio, text_width
     from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+    from rayltx.diffusion_models.lightricks.kept_text import KeptText
 
+    kept_text = KeptText(lambda: math.inf)
     model = comfyui_model(small.version, {**COMFYUI_CONFIGS[small.version], **small.sizes}, small.device)
     x: Any = small.latent()
     timestep: Any = torch.full((1,), _SIGMA, device=small.device)
@@ -167,7 +171,7 @@ def _comfyui_forward(small: SmallModel) -> Forward:
     context = small.randn(1, small.text_tokens, text_width(model))
 
     def forward(group: SequenceParallelGroup, as_projected: bool = True) -> list[Tensor]:
-        with sharded(model, group, as_projected=as_projected):
+        with sharded(model, group, as_projected=as_projected, kept_text=kept_text):
             out = model(x, timestep, context=context, attention_mask=mask, frame_rate=25.0, transformer_options={})
         return list(out) if isinstance(out, (list, tuple)) else [out]
 
