@@ -98,4 +98,18 @@ def products_of_patched(path):
     handle = attention.to_k.register_forward_hook(lambda layer, args, out: out.mul_(1.0))
     found["a hook on one layer"] = second_call()
     handle.remove()
+
+    class ByTheStep(torch.nn.Module):
+        """A patch in the place of a layer, which gives another answer each time."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.calls = layer, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x) * self.calls
+
+    attention.to_v = ByTheStep(attention.to_v)
+    found["a layer of a patch"] = (*second_call(), attention.to_v.calls)
     return found

@@ -25,6 +25,10 @@ _MOST_TEXTS = 4  # of a run, for each stream: what a sampler gives in turn
 _PARTS, _PARTS_ON_CPU = 4, 32
 
 
+# Where the classes of linear layers are defined: torch's, ComfyUI's, and those of GGUF's blocks.
+_LAYERS_OF = ("torch.nn.", "comfy.ops", "rayltx.comfy_dist.gguf_operations")
+
+
 @dataclass(eq=False)
 class _Text:
     numbers: Tensor  # (B, L, D), a copy: what it was made from may be written to
@@ -120,6 +124,12 @@ def _widths(layer: Any) -> tuple[int, int]:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's forward is its class's, and nothing looks at what it gives: what a hook writes to would be kept."""
+    """Whether a linear layer gives the same for the same at every step, and nothing that may write to it looks at what it gives.
+
+    One of a patch is not, whatever it is: it can go by the step. Nor is one whose weight goes through functions of others.
+    """
     own = layer.__dict__
-    return "forward" not in own and not own["_forward_hooks"] and not own["_forward_pre_hooks"]
+    is_known = type(layer).__name__ == "Linear" and type(layer).__module__.startswith(_LAYERS_OF)
+    is_changed = "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+    has_functions = any(getattr(layer, name, None) for name in ("weight_function", "bias_function"))
+    return is_known and not is_changed and not has_functions

@@ -34,6 +34,7 @@ def test_what_others_have_changed_is_not_kept(comfy, ranks):
         "a replaced block": (0, False),
         "another forward of one attention": (0, True),
         "a hook on one layer": (0, True),
+        "a layer of a patch": (0, True, 2),
     }
 
 

@@ -139,6 +139,16 @@ def test_a_layer_that_is_looked_at_is_not_plain():
     handle.remove()
     layer.forward = lambda x: x
     assert not is_plain(layer)
+    del layer.forward
+    layer.weight_function = [lambda weight: weight]
+    assert not is_plain(layer)
+
+
+def test_a_layer_of_a_patch_is_not_plain():
+    class Linear(nn.Linear):
+        """As one that goes by the step."""
+
+    assert not is_plain(Linear(2, 2)) and not is_plain(nn.Sequential(nn.Linear(2, 2)))
 
 
 def forwards_of_two_texts(path, degrees):
