@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
 from rayltx.cli.bench.fake_ranks import Counts, counted, rank_zero_of
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, reporting
+from rayltx.cli.bench.measurements import Arm, Clock, Measurement
+from rayltx.cli.bench.report import Output, reporting
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.step_cost import LTX_2, TEXT_TOKENS

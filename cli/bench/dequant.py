@@ -20,7 +20,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from rayltx.cli.bench.report import Clock, Measurement, Output, at_least, in_turn, reporting
+from rayltx.cli.bench.measurements import Clock, Measurement
+from rayltx.cli.bench.report import Output, at_least, in_turn, reporting
 from rayltx.devices import CPU, automatic
 from rayltx.errors import InputError
 from rayltx.expansion.comfyui_gguf.block_layouts import LAYOUTS

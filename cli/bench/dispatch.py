@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rayltx.cli.bench.answering_host import ANSWERING_HOST
-from rayltx.cli.bench.report import Clock, Measurement, Output, at_least, in_turn, reporting
+from rayltx.cli.bench.measurements import Clock, Measurement
+from rayltx.cli.bench.report import Output, at_least, in_turn, reporting
 from rayltx.demo.vae import CHECKPOINT
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, at_least, reporting
+from rayltx.cli.bench.measurements import Arm, Clock, Measurement
+from rayltx.cli.bench.report import Output, at_least, reporting
 from rayltx.cli.packages import require_packages
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.request import ClusterRequest

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, at_least, reporting
+from rayltx.cli.bench.measurements import Arm, Clock, Measurement
+from rayltx.cli.bench.report import Output, at_least, reporting
 from rayltx.cli.bench.small_models import check_comfyui
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError

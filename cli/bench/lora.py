@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, at_least, reporting
+from rayltx.cli.bench.measurements import Arm, Clock, Measurement
+from rayltx.cli.bench.report import Output, at_least, reporting
 from rayltx.cli.bench.small_models import check_comfyui
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.distributed_worker.request import ClusterRequest

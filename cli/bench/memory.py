@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from rayltx.cli.bench.measurements import Arm, Clock, Measurement
 from rayltx.cli.bench.ranks import on_ranks
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, at_least, reporting
+from rayltx.cli.bench.report import Output, at_least, reporting
 from rayltx.cli.bench.small_models import check_comfyui, comfyui_model, enter_comfyui
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS

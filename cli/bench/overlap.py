@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rayltx.cli.bench.measurements import Arm, Clock, Measurement
 from rayltx.cli.bench.modelled_link import Link, on
 from rayltx.cli.bench.ranks import on_ranks, slowest
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, at_least, reporting
+from rayltx.cli.bench.report import Output, at_least, reporting
 from rayltx.cli.bench.small_models import SmallModel
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.errors import InputError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rayltx.cli.bench.report import Report
+from rayltx.cli.bench.measurements import Report
 
 
 def save_plot(report: Report, path: Path) -> None:

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rayltx.cli.bench.measurements import Arm, Clock, Measurement
 from rayltx.cli.bench.ranks import event_seconds, on_ranks, slowest, thread_seconds
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, at_least, in_turn, reporting
+from rayltx.cli.bench.report import Output, at_least, in_turn, reporting
 from rayltx.cli.bench.small_models import SmallModel, exact_and_error
 from rayltx.devices import CPU, automatic, kind_of
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape

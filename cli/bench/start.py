@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 
 from rayltx.about import python_path
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, at_least, in_turn, reporting
+from rayltx.cli.bench.measurements import Arm, Clock, Measurement
+from rayltx.cli.bench.report import Output, at_least, in_turn, reporting
 from rayltx.cli.bench.small_models import check_comfyui
 from rayltx.cli.packages import require_packages
 from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, enter

@@ -9,7 +9,8 @@ from rayltx_command import rayltx
 
 from rayltx.cli.bench import machine, report
 from rayltx.cli.bench.machine import Load
-from rayltx.cli.bench.report import Arm, Clock, Measurement, Output, in_turn, reporting
+from rayltx.cli.bench.measurements import Arm, Clock, Measurement
+from rayltx.cli.bench.report import Output, in_turn, reporting
 from rayltx.errors import InputError
 
 ARMS = (Arm("one", (2.0, 4.0, 3.0)), Arm("two", (7.5, 7.5, 9.0)))

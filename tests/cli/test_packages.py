@@ -68,7 +68,7 @@ SMALL = ["--device", "cpu", "--steps", "1", "--frames", "9", "--width", "64", "-
     "modules, arguments",
     [
         ("diffusers imageio av PIL ray psutil torch", ["--help"]),
-        ("imageio av ray psutil", ["info", DEMO]),
+        ("imageio av ray", ["info", DEMO]),
         ("diffusers imageio av PIL ray psutil", ["convert", DEMO, "demo.gguf", "--type", "Q8_0"]),
         ("imageio av", ["generate", *SMALL, "-o", "clip.safetensors", "-o", "clip.png"]),
     ],
