@@ -44,6 +44,7 @@ def test_overlap_measures_each_link_for_each_way():
         assert list(arms) == ["waited for", "in groups"] and all(len(each) == 2 for each in arms.values())
 
 
+@pytest.mark.slow
 def test_start_counts_all_processes_of_workers_and_one_that_imports():
     samples, _ = reported("start", "--workers", 1, "--rounds", 1)
     processor, wall = samples.values()
@@ -52,6 +53,7 @@ def test_start_counts_all_processes_of_workers_and_one_that_imports():
         assert all(len(each) == 1 and each[0] > 0 for each in arms.values())
 
 
+@pytest.mark.slow
 def test_load_finds_one_copy_of_the_weights():
     samples, found = reported("load", "--gib", 0.4, "--workers", 2, "--rounds", 1)
     held, first, again = samples.values()

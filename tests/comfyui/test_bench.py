@@ -18,17 +18,20 @@ def test_shard_computes_the_same(checkout):
     assert len(samples) == 1 and found["relative difference from one rank"] <= 2e-6
 
 
+@pytest.mark.slow
 def test_overlap_also_sends_as_projected(checkout):
     samples, _ = reported("overlap", *checkout, *SMALL, "--rounds", 1, "--links", "0.2")
     (arms,) = samples.values()
     assert list(arms) == ["waited for", "in groups", "in groups, as projected"]
 
 
+@pytest.mark.slow
 def test_start_knows_comfyuis_code(checkout):
     samples, _ = reported("start", *checkout, "--workers", 1, "--rounds", 1)
     assert all(list(arms) == ["one process that imports", "1 worker"] for arms in samples.values())
 
 
+@pytest.mark.slow
 def test_load_leaves_the_shared_bytes_alone(checkout):
     samples, found = reported("load", *checkout, "--gib", 0.2, "--workers", 2, "--changes", 1, "--type", "Q8_0")
     (arms,) = samples.values()
@@ -37,6 +40,7 @@ def test_load_leaves_the_shared_bytes_alone(checkout):
     assert found["the shared bytes are unchanged"]
 
 
+@pytest.mark.slow
 def test_lora_times_each_kind_of_patch(checkout):
     samples, _ = reported("lora", *checkout, *SMALL, "--layers", 2, "--model-width", 128, "--rounds", 1)
     assert len(samples) == 3
@@ -44,6 +48,7 @@ def test_lora_times_each_kind_of_patch(checkout):
         assert list(arms) == ["nothing", "a LoRA", "a patch on each block", "a module shown all tokens"]
 
 
+@pytest.mark.slow
 def test_a_forward_of_two_ranks_holds_less_on_each(checkout):
     size = ("--width", 512, "--height", 512, "--frames", 17)
     samples, found = reported("memory", *checkout, *size, "--layers", 1, "--ranks", "1,2")
@@ -52,7 +57,7 @@ def test_a_forward_of_two_ranks_holds_less_on_each(checkout):
     assert len(found["MiB on each of 2"]) == 2
 
 
-@pytest.mark.parametrize("kind", ["convolutions", "diffusion"])
+@pytest.mark.parametrize("kind", ["convolutions", pytest.param("diffusion", marks=pytest.mark.slow)])
 def test_ranks_decode_the_same_together(checkout, kind):
     size = ("--width", 640, "--height", 96, "--frames", 9)
     samples, found = reported("decode", *checkout, *size, "--kind", kind, "--rounds", 1)
