@@ -58,7 +58,7 @@ def run_info(file: Path, width: int, height: int, frames: int) -> None:
     )
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
-    cards, origins = cards_here()
+    cards, origins = cards_here(measures=False)
     model_shape = dataclasses.replace(shape_of(checkpoint), heads=model.num_heads)
     work = Work(model_shape, checkpoint.num_bytes, shape.num_tokens, audio_tokens(model_shape, shape))
     plans = [plan(work, cards, config) for config in _ways()]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,17 +96,25 @@ def run_plan(options: PlanOptions) -> None:
         _print(options, work, cards, origins, plans, chosen)
 
 
-def cards_here(**given: float) -> tuple[Cards, dict[str, str]]:
-    """The cards, and where each of their numbers comes from. given: fields of `Cards`; 0 for what is not."""
+def cards_here(measures: bool = True, **given: float) -> tuple[Cards, dict[str, str]]:
+    """The cards, and where each of their numbers comes from. given: fields of `Cards`; 0 for what is not.
+
+    measures: whether a device may be computed on. A full one is not.
+    """
     kind = kind_of(automatic())
-    found = {} if kind.name == CPU else {"flops_per_s": lambda: flops_per_s(kind), "memory_bytes": kind.total_bytes}
+    found: dict[str, Callable[[], float]] = {}
+    if kind.name != CPU:
+        found["memory_bytes"] = kind.total_bytes
+        if measures:
+            found["flops_per_s"] = lambda: flops_per_s(kind)
     numbers, origins = dataclasses.asdict(ASSUMED_CARDS), {}
     for name in numbers:
         origins[name] = "assumed"
         if given.get(name):
             numbers[name], origins[name] = given[name], "given"
         elif name in found:
-            numbers[name], origins[name] = found[name](), "measured here"
+            with contextlib.suppress(RuntimeError):  # of a device without memory
+                numbers[name], origins[name] = found[name](), "measured here"
     return Cards(**numbers), origins
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -39,17 +40,17 @@ _NOISY_CONFIG: dict[str, Any] = {  # as of LTX-Video 0.9.1 to 0.9.8, which draw 
 }  # fmt: skip
 VIDEO_VAES = {"convolutions": VAE_CONFIG, "convolutions with noise": _NOISY_CONFIG, "diffusion": _DIFFUSION_CONFIG}
 
+# Not among the names that RayLTX needs (`comfy_names`): older versions lack one, and samplers do without both.
+_CLASSES = {
+    "convolutions": ("comfy.ldm.lightricks.vae.causal_video_autoencoder", "VideoVAE"),
+    "diffusion": ("comfy.ldm.lightricks.vae.na_diffusion_decoder", "CausalDiffusionVAE"),
+}
+
 
 def video_vae_model(kind: str) -> Any:
     """The model of a VAE of VIDEO_VAES, with seeded weights."""
-    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
-
-    if kind == "diffusion":
-        from comfy.ldm.lightricks.vae.na_diffusion_decoder import CausalDiffusionVAE
-
-        model = CausalDiffusionVAE(config=VIDEO_VAES[kind])
-    else:
-        model = VideoVAE(config=VIDEO_VAES[kind])
+    module, name = _CLASSES["diffusion" if kind == "diffusion" else "convolutions"]
+    model = getattr(importlib.import_module(module), name)(config=VIDEO_VAES[kind])
     randomise(model, 0)
     with torch.no_grad():
         last = model.decoder.conv_out if kind == "diffusion" else model.decoder.conv_out.conv

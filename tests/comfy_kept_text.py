@@ -63,7 +63,7 @@ def answers_by_case(path, version, degrees):
 
 
 def products_of_patched(path):
-    """By what was done to a model of two blocks: the products made in a second call with the same text."""
+    """By what was done to a model of two blocks: the products made in a second call with the same text, and the layers kept."""
     from comfy_models import CONFIGS, model_class, set_up_comfyui
 
     set_up_comfyui(path)
@@ -81,7 +81,7 @@ def products_of_patched(path):
             for _ in range(2):
                 with _products() as products, shared(model, group, kept_text=kept):
                     self_test.answer(model, args, given)
-        return len(products), kept.num_bytes > 0
+        return len(products), sum(len(text.projected) for text in kept._texts)
 
     def replaced_block(arguments, extra):
         return extra["original_block"](arguments)

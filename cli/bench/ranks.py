@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +25,21 @@ def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, device: 
     function: of a module. Each rank has one thread; with a GPU each has its own. Raises what the first rank raised for the
     user to mend, and torch's ProcessRaisedException for the rest.
     """
-    answers: Any = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (ranks, folder, answers, function, arguments, device), nprocs=ranks)
-    found = dict(answers.get() for _ in range(ranks))
-    for answer in found.values():
+        mp.spawn(_rank, (ranks, folder, function, arguments, device), nprocs=ranks)
+        found = [pickle.loads(_answer_file(folder, rank).read_bytes()) for rank in range(ranks)]
+    for answer in found:
         if isinstance(answer, UserError):
             raise answer
-    return [found[rank] for rank in range(ranks)]
+    return found
 
 
-def _rank(
-    rank: int, ranks: int, folder: str, answers: Any, function: Callable[..., Any], arguments: Any, device: str
-) -> None:
+def _answer_file(folder: str, rank: int) -> Path:
+    """A file holds any answer; a queue, which is read when all have ended, what a pipe does."""
+    return Path(folder) / f"answer {rank}"
+
+
+def _rank(rank: int, ranks: int, folder: str, function: Callable[..., Any], arguments: Any, device: str) -> None:
     torch.set_num_threads(1)
     kind = kind_of(device)
     if device != CPU:
@@ -46,7 +50,7 @@ def _rank(
         answer = function(SequenceParallelGroup.create(ParallelConfig(ranks)), *arguments)
     except UserError as error:
         answer = error  # alike on every rank
-    answers.put((rank, answer))
+    _answer_file(folder, rank).write_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
 
 

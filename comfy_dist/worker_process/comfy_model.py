@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -77,6 +78,7 @@ class ComfyModel(ComfyHost):
     def finish_loading(self) -> None:
         with torch.inference_mode():
             self._base = self._patcher = build_on(dict(self._given), self._spec)
+        self._base.before_unloading = weakref.WeakMethod(self._let_go_of_inputs)
 
     def parameters(self) -> Mapping[str, Tensor]:
         """The shared bytes themselves, whatever has been patched since."""
@@ -100,9 +102,15 @@ class ComfyModel(ComfyHost):
                 self._kept_text.forget()
                 self._patcher.patch_hooks(hooks)
             options = self._with_changing(self._options[inputs.options_key][1], inputs)
-            with self._shared(group, inputs, options, self._kept_text):
+            with self._shared(group, inputs, options, self._kept_text if self._has_no_code else None):
                 out = self._call(inputs, options)
             return to_device(out, torch.device("cpu")) if group.rank == 0 else None
+
+    @property
+    def _has_no_code(self) -> bool:
+        """Whether nothing of a patch runs inside of the model, which could write to what goes through it."""
+        patcher = self._patcher
+        return not any((patcher.object_patches, patcher.injections, patcher.weight_wrapper_patches))
 
     def _with_changing(self, kept: Options, inputs: StepInputs) -> Options:
         """The transformer options of a step, on the device."""
@@ -167,6 +175,7 @@ class ComfyModel(ComfyHost):
             self._patcher.clean_hooks()
             self._hooks.clear()
             patcher = self._base.clone()
+            patcher.before_unloading = self._base.before_unloading
             for name, value in {**vars(sent.state), **self._unpacked(sent.objects)}.items():
                 setattr(patcher, name, value)
             self._patcher, self._packed_objects = patcher, sent.objects
@@ -256,6 +265,8 @@ class ComfyModel(ComfyHost):
     def _let_go_of_inputs(self) -> None:
         """What is kept of a run's inputs, and of what was made of them."""
         self._kept_text.forget()
+        if self._copies is not None:
+            self._copies.clear()
         self._copies = None
 
     def end_run(self) -> None:

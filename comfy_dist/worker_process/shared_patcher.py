@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import collections
 import math
+import weakref
+from collections.abc import Callable
 
 import comfy.model_patcher
 import comfy.utils
@@ -53,6 +55,13 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
 
     # Set by the worker before it loads: bytes of weights on the device at most; 0: as many as fit.
     weight_budget = 0
+    # What the worker wants to be told when ComfyUI takes weights off the device for something else.
+    before_unloading: weakref.WeakMethod[Callable[[], None]] | None = None
+
+    def _tell_of_unloading(self) -> None:
+        told = None if self.before_unloading is None else self.before_unloading()
+        if told is not None:
+            told()
 
     def load(
         self, device_to: object = None, lowvram_model_memory: float = 0, force_patch_weights: bool = False,
@@ -140,6 +149,7 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.__dict__.setdefault(HOOKS_AT_USE, {})
 
     def partially_unload(self, *args: object, **kwargs: object) -> object:
+        self._tell_of_unloading()
         self.end_streaming()  # until the next load ComfyUI brings each layer itself: memory is wanted now
         freed = super().partially_unload(*args, **kwargs)
         self._set_patches_at_use()
@@ -147,6 +157,7 @@ class SharedWeightPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpatch_model(self, device_to: object = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
+            self._tell_of_unloading()
             self.end_streaming()
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:

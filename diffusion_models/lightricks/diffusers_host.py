@@ -44,7 +44,7 @@ class DiffusersHost:
 
     def __init__(self, model: DiffusersModel, device: str = "cpu") -> None:
         self.model = model
-        self.kept_text = KeptText(lambda: KINDS[self.device.type].free_bytes())
+        self.kept_text = KeptText(lambda: KINDS[self.device.type].free_bytes(self.device.index or 0))
         self.device = torch.device(device)
         self._transformer = model.build()
         self._official = {official: name for name, official in model.names.items()}
@@ -91,6 +91,8 @@ class DiffusersHost:
 
     def close(self) -> None:
         """Nothing but this object holds the model."""
+        self.kept_text.forget()
+        self._copies.clear()
 
     def forward(self, group: SequenceParallelGroup, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Predict the velocity.

@@ -24,9 +24,10 @@ class ModelShape:
     heads: int = 32  # as all of LTX's have
     modulates_text: bool = False  # by the step's noise, as LTX-2.3 does: its keys are others at each step
 
-    def kept_text_elements(self, rows: int = 1) -> int:
-        """Of the text's keys and values in all blocks, which `kept_text` keeps."""
-        return 0 if self.modulates_text else rows * self.blocks * 2 * TEXT_TOKENS * (self.width + self.audio_width)
+    def kept_text_elements(self, rows: int = 1) -> tuple[int, int]:
+        """Of the keys and values in all blocks, of the video's text and the sound's, which `kept_text` keeps."""
+        a_width = 0 if self.modulates_text else rows * self.blocks * 2 * TEXT_TOKENS
+        return a_width * self.width, a_width * self.audio_width
 
 
 LTX_2 = ModelShape(blocks=48, width=4096, audio_width=2048)

@@ -110,9 +110,8 @@ def _seconds(work: Work, cards: Cards, config: ParallelConfig) -> tuple[float, S
     held = activation_bytes(config, work.video_tokens, work.model.width, work.model.heads, work.rows)
     left = int(_USABLE * cards.memory_bytes) - work.weight_bytes - held
     streamed = max(0, min(work.weight_bytes, -left))
-    kept = work.model.kept_text_elements(work.rows // len(config.for_rows(work.rows))) * ELEMENT_BYTES
-    keeps_text = 0 < kept <= part_for_text(left, on_cpu=False)
-    held += kept if keeps_text else 0
+    rows = work.rows // len(config.for_rows(work.rows))
+    keeps_text = max(work.model.kept_text_elements(rows)) * ELEMENT_BYTES <= part_for_text(left, on_cpu=False)
     cost = StepCost.of(work.model, work.video_tokens, work.audio_tokens, config, work.rows, keeps_text)
     seconds = cost.seconds(cards.flops_per_s, cards.link_bytes_per_s / ELEMENT_BYTES, cards.small_s, HIDDEN)
     # Weights come a block ahead, next to computing.

@@ -29,16 +29,18 @@ def test_calls_with_a_kept_text_are_bit_for_bit_those_without(comfy, ranks, vers
 def test_what_others_have_changed_is_not_kept(comfy, ranks):
     found = ranks.run(2, products_of_patched, str(find_comfyui()))[0]
     assert found == {
-        "nothing": (0, True),
-        "another attention for all": (0, False),
-        "a replaced block": (0, False),
-        "another forward of one attention": (0, True),
-        "a hook on one layer": (0, True),
-        "a layer of a patch": (0, True, 2),
+        "nothing": (0, 8),
+        "another attention for all": (0, 0),
+        "a replaced block": (0, 0),
+        "another forward of one attention": (0, 6),
+        "a hook on one layer": (0, 7),
+        "a layer of a patch": (0, 7, 2),
     }
 
 
 def test_a_worker_keeps_a_text_for_a_run_and_no_longer_than_the_weights_are_the_same(comfy, tmp_path):
+    import comfy.model_management as management
+
     from rayltx.comfy_dist.wire import HookPatches, PatchState, SentPatches
     from rayltx.distributed_worker.messages import pack
     from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -82,7 +84,17 @@ def test_a_worker_keeps_a_text_for_a_run_and_no_longer_than_the_weights_are_the_
     assert torch.allclose(patched, hooked, rtol=1e-4, atol=1e-5)
     assert torch.equal(answer(), patched)
     model.set_patches(SentPatches(PatchState(patches_uuid="none"), nothing))
-    assert torch.equal(answer(), plain)
+    assert torch.equal(answer(), plain) and kept() > 0
+    for loaded in list(management.current_loaded_models):  # as ComfyUI does for another model
+        loaded.model_unload()
+        management.current_loaded_models.remove(loaded)
+    assert kept() == 0
+
+    norm = torch.nn.Identity()
+    code = pack({"object_patches": {"diffusion_model.transformer_blocks.0.attn1.q_norm": norm}, "injections": {}})
+    model.set_patches(SentPatches(PatchState(patches_uuid="code"), code))
+    assert not torch.equal(answer(), plain)
+    assert kept() == 0, "what runs inside of the model could write to the text"
     model.close()
     assert kept() == 0
 
