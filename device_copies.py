@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], obj: Any) -> Any:
+    """The same containers with what a function gives for their tensors."""
+    if isinstance(obj, Tensor):
+        return function(obj)
+    if isinstance(obj, dict):
+        return {key: map_tensors(function, value) for key, value in obj.items()}
+    if type(obj) in (list, tuple):
+        return type(obj)(map_tensors(function, value) for value in obj)
+    return obj
 
 
 @dataclass
@@ -53,13 +65,7 @@ class DeviceCopies:
 
     def in_containers(self, obj: Any) -> Any:
         """The same containers with their tensors on the device."""
-        if isinstance(obj, Tensor):
-            return self.of(obj)
-        if isinstance(obj, dict):
-            return {key: self.in_containers(value) for key, value in obj.items()}
-        if type(obj) in (list, tuple):
-            return type(obj)(self.in_containers(value) for value in obj)
-        return obj
+        return map_tensors(self.of, obj)
 
     @property
     def num_bytes(self) -> int:

@@ -33,6 +33,7 @@ PlotOption = Annotated[
 
 ComfyUIFolder = Annotated[Path, typer.Option("--comfyui", help="The folder of a ComfyUI, whose model it is.")]
 ModelOption = Annotated[str, typer.Option(help="LTX-Video, LTX-2, LTX-2.3 or LTX-2.5, in small.")]
+RanksOption = Annotated[str, typer.Option(help="Numbers of ranks.")]
 WidthOption = Annotated[int, typer.Option(help="Pixels, a multiple of 32.")]
 HeightOption = Annotated[int, typer.Option(help="Pixels, a multiple of 32.")]
 FramesOption = Annotated[int, typer.Option(help="Pixel frames, 8k + 1.")]
@@ -41,13 +42,13 @@ FramesOption = Annotated[int, typer.Option(help="Pixel frames, 8k + 1.")]
 @bench.command()
 def counts(
     model: Annotated[str, typer.Option(help="LTX-Video, LTX-2, LTX-2.3 or LTX-2.5.")] = "LTX-2",
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 1280,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 704,
-    frames: Annotated[int, typer.Option(help="Pixel frames, 8k + 1.")] = 121,
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2,4,8",
+    width: WidthOption = 1280,
+    height: HeightOption = 704,
+    frames: FramesOption = 121,
+    ranks: RanksOption = "1,2,4,8",
     chunks: Annotated[int, typer.Option(help="Feed-forward in so many portions; 0: automatic, 1: at once.")] = 1,
     comfyui: ComfyUIOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Count what a layer of the real width computes, exchanges and holds on a rank. Takes seconds, on any machine."""
     from rayltx.cli.bench.counts import CountOptions, parse_ranks, run_counts
@@ -212,7 +213,7 @@ def dequant(
 def memory(
     comfyui: ComfyUIFolder,
     model: ModelOption = "LTX-2",
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2,4",
+    ranks: RanksOption = "1,2,4",
     width: WidthOption = 1280,
     height: HeightOption = 704,
     frames: FramesOption = 121,

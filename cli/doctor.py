@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -92,13 +91,12 @@ def _print(facts: list[Fact], title: str) -> None:
 
 def _comfyui(root: Path) -> Fact:
     """By its files: this Python may not be ComfyUI's."""
-    from rayltx.comfy_dist.comfy_environment import is_comfyui
+    from rayltx.comfy_dist.comfy_environment import is_comfyui, version_of
 
-    version_file = root / "comfyui_version.py"
-    if not is_comfyui(root) or not version_file.is_file():
+    version = version_of(root)
+    if not is_comfyui(root) or version is None:
         return Fact("ComfyUI", str(root), "there is no ComfyUI in that folder; name the one that has comfy/ in it")
-    found = re.search(r"""__version__ = ["'](.+?)["']""", version_file.read_text())
-    return Fact("ComfyUI", f"{found[1] if found else 'of an unknown version'} in {root}")
+    return Fact("ComfyUI", f"{version or 'of an unknown version'} in {root}")
 
 
 def _measured(

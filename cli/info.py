@@ -14,9 +14,8 @@ from rich.table import Table
 from rayltx.cli.plan import audio_tokens, cards_here, described, shape_of
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
-from rayltx.diffusion_models.lightricks.step_plan import Plan, Work, best, plan
+from rayltx.diffusion_models.lightricks.step_plan import Plan, Work, best, plan, ways_to_share
 from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
-from rayltx.sequence_parallel.partition import ParallelConfig
 
 if TYPE_CHECKING:
     from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
@@ -61,7 +60,8 @@ def run_info(file: Path, width: int, height: int, frames: int) -> None:
     cards, origins = cards_here(measures=False)
     model_shape = dataclasses.replace(shape_of(checkpoint), heads=model.num_heads)
     work = Work(model_shape, checkpoint.num_bytes, shape.num_tokens, audio_tokens(model_shape, shape))
-    plans = [plan(work, cards, config) for config in _ways()]
+    ways = [config for config in ways_to_share(max(_WORKER_COUNTS), rows=1) if config.world_size in _WORKER_COUNTS]
+    plans = [plan(work, cards, config) for config in ways]
     chosen = best(plans)
     for found in plans:
         table.add_row(*_row(checkpoint, model, shape, found), style="bold" if found is chosen else "")
@@ -71,15 +71,6 @@ def run_info(file: Path, width: int, height: int, frames: int) -> None:
         "`rayltx plan` has more ways.",
         highlight=False,
     )
-
-
-def _ways() -> list[ParallelConfig]:
-    return [
-        ParallelConfig(workers // ring, ring)
-        for workers in _WORKER_COUNTS
-        for ring in range(1, workers + 1)
-        if workers % ring == 0
-    ]
 
 
 def _row(checkpoint: Checkpoint, model: DiffusersModel, shape: LatentShape, found: Plan) -> list[str]:

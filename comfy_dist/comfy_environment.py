@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rayltx.distributed_worker.request import Bootstrap
 from rayltx.errors import InputError
@@ -95,3 +97,32 @@ def comfyui_version() -> str:
 
 def is_comfyui(root: str | os.PathLike[str]) -> bool:
     return (Path(root) / "comfy" / "sd.py").is_file()
+
+
+def check_comfyui(root: Path) -> None:
+    """Raises InputError for a folder that is not a ComfyUI's."""
+    if not is_comfyui(root):
+        raise InputError(f"comfyui={root}: there is no ComfyUI in that folder (no comfy/sd.py)")
+
+
+def enter_given(root: Path, environment: ComfyEnvironment, device: str, module: str = "comfy.options") -> Any:
+    """As `enter`, for a ComfyUI that the command line names. Returns a module of it.
+
+    Raises InputError where this Python cannot import it.
+    """
+    try:
+        enter(environment, device)
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"comfyui={root}: cannot be imported by this Python ({error}); run rayltx with ComfyUI's own Python"
+        ) from error
+
+
+def version_of(root: Path) -> str | None:
+    """By its files, for a Python that may not be its own. None without the one that says it; "" where that says it otherwise."""
+    file = root / "comfyui_version.py"
+    if not file.is_file():
+        return None
+    found = re.search(r"""__version__ = ["'](.+?)["']""", file.read_text())
+    return found[1] if found else ""

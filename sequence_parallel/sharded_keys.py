@@ -24,6 +24,8 @@ from rayltx.sequence_parallel.partition import Partition
 from rayltx.sequence_parallel.softmax_merge import SoftmaxAccumulator
 from rayltx.sequence_parallel.ulysses import all_gather_tokens, start_scatter_heads
 
+# torch 2.13 renamed it.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 _BY_HEADS_FROM = 3  # ranks. For two, the bytes that it saves are not worth a collective more.
 
 
@@ -50,9 +52,7 @@ def attention_over_sharded_keys(
     if group.world_size >= _BY_HEADS_FROM:
         return _merged_by_heads(sent, group.world, query.dtype)
     received = sent.new_empty(group.world_size, *sent.shape)
-    # torch 2.13 renamed it.
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(received.view(-1), sent.view(-1), group=group.world)
+    getattr(dist, ALL_GATHER)(received.view(-1), sent.view(-1), group=group.world)
     return _merged(list(received), query.dtype)
 
 

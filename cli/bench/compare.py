@@ -30,6 +30,7 @@ from rayltx.diffusion_models.lightricks.step_cost import LTX_2, TEXT_TOKENS
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
+from rayltx.sequence_parallel.sharded_keys import ALL_GATHER
 
 _DTYPE = torch.bfloat16
 _D, _H, _L = LTX_2.width, LTX_2.heads, TEXT_TOKENS
@@ -141,8 +142,7 @@ def _gathered(group: SequenceParallelGroup, num_tokens: int, x: Tensor, text: Te
 
     def from_all(x: Tensor) -> Tensor:
         gathered = x.new_empty(ranks, *x.shape[1:])
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
-        gather(gathered, x.contiguous())
+        getattr(dist, ALL_GATHER)(gathered, x.contiguous())
         return gathered.flatten(0, 1)[None, :num_tokens]
 
     key, value = (from_all(_heads(linear(x, weight))) for _ in range(2))

@@ -23,8 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rayltx.cli.bench.fake_ranks import Counts, counted, rank_zero_of
 from rayltx.cli.bench.real_sizes import comfyui_config, transformer_config
-from rayltx.cli.bench.small_models import check_comfyui, enter_comfyui
+from rayltx.cli.bench.small_models import enter_comfyui
 from rayltx.cli.packages import require_packages
+from rayltx.comfy_dist.comfy_environment import check_comfyui
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import TEXT_TOKENS

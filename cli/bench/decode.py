@@ -18,7 +18,8 @@ from torch import Tensor
 from rayltx.cli.bench.measurements import Arm, Clock, Measurement
 from rayltx.cli.bench.ranks import on_ranks, slowest
 from rayltx.cli.bench.report import Output, at_least, in_turn, reporting
-from rayltx.cli.bench.small_models import check_comfyui, enter_comfyui
+from rayltx.cli.bench.small_models import enter_comfyui
+from rayltx.comfy_dist.comfy_environment import check_comfyui
 from rayltx.comfy_dist.tiny_vaes import VIDEO_VAES, video_vae_model
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.errors import InputError

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rayltx.cli.bench.measurements import Arm, Clock, Measurement
 from rayltx.cli.bench.report import Output, at_least, reporting
-from rayltx.cli.bench.small_models import check_comfyui
+from rayltx.comfy_dist.comfy_environment import check_comfyui
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.errors import InputError

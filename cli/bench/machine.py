@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayltx.about import VERSION
+from rayltx.comfy_dist.comfy_environment import version_of
 from rayltx.devices import CPU, automatic, kind_of
 
 _BUSY = 0.3  # of a core, that others' work takes: from here on it shows in times
@@ -101,7 +102,6 @@ def _versions(comfyui: Path | None) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     found["RayLTX"] = VERSION
-    if comfyui is not None and (comfyui / "comfyui_version.py").is_file():
-        text = (comfyui / "comfyui_version.py").read_text()
-        found["ComfyUI"] = text.partition("__version__ = ")[2].splitlines()[0].strip("\"' ")
+    if comfyui is not None and (version := version_of(comfyui)):
+        found["ComfyUI"] = version
     return found

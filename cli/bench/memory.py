@@ -18,7 +18,8 @@ import torch
 from rayltx.cli.bench.measurements import Arm, Clock, Measurement
 from rayltx.cli.bench.ranks import on_ranks
 from rayltx.cli.bench.report import Output, at_least, reporting
-from rayltx.cli.bench.small_models import check_comfyui, comfyui_model, enter_comfyui
+from rayltx.cli.bench.small_models import comfyui_model, enter_comfyui
+from rayltx.comfy_dist.comfy_environment import check_comfyui
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS
 from rayltx.errors import InputError

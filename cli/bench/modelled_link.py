@@ -15,6 +15,8 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 
+from rayltx.sequence_parallel.sharded_keys import ALL_GATHER
+
 
 class Link:
     """With the clock of one of the ranks: its thread's processor time, and what it waits for the link."""
@@ -56,9 +58,7 @@ class _Work:
 @contextlib.contextmanager
 def on(link: Link) -> Iterator[None]:
     """Let this process's exchanges go over a link. They are really made, too."""
-    # torch 2.13 renamed it.
-    gather_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    all_to_all, all_gather = dist.all_to_all_single, getattr(dist, gather_name)
+    all_to_all, all_gather = dist.all_to_all_single, getattr(dist, ALL_GATHER)
 
     def timed_all_to_all(
         received: Tensor,
@@ -79,6 +79,6 @@ def on(link: Link) -> Iterator[None]:
 
     with (
         mock.patch.object(dist, "all_to_all_single", timed_all_to_all),
-        mock.patch.object(dist, gather_name, timed_all_gather),
+        mock.patch.object(dist, ALL_GATHER, timed_all_gather),
     ):
         yield

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rayltx.cli.packages import require_packages
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, check_comfyui, enter_given
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.random_weights import randomise
 from rayltx.diffusion_models.lightricks.step_cost import ModelShape
@@ -83,28 +84,13 @@ class SmallModel:
         return self.randn(1, 128, self.shape.frames, self.shape.height, self.shape.width)
 
 
-def check_comfyui(folder: Path) -> None:
-    """Raises InputError."""
-    from rayltx.comfy_dist.comfy_environment import is_comfyui
-
-    if not is_comfyui(folder):
-        raise InputError(f"comfyui={folder}: there is no ComfyUI in that folder (no comfy/sd.py)")
-
-
 def enter_comfyui(folder: Path, device: str = "cpu") -> None:
     """Make this process like that ComfyUI, whose attention is torch's: its own choice takes more where more is free.
 
     Raises InputError where this Python cannot import it.
     """
-    from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, enter
-
-    try:
-        enter(ComfyEnvironment.headless(str(folder.resolve()), cpu=device == "cpu"), device)
-        import comfy.ldm.modules.attention as attention
-    except ImportError as error:
-        raise InputError(
-            f"comfyui={folder}: cannot be imported by this Python ({error}); run rayltx with ComfyUI's own Python"
-        ) from error
+    environment = ComfyEnvironment.headless(str(folder.resolve()), cpu=device == "cpu")
+    attention = enter_given(folder, environment, device, "comfy.ldm.modules.attention")
     for name in ("optimized_attention", "optimized_attention_masked"):
         setattr(attention, name, attention.attention_pytorch)
 

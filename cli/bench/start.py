@@ -17,9 +17,8 @@ import psutil
 from rayltx.about import python_path
 from rayltx.cli.bench.measurements import Arm, Clock, Measurement
 from rayltx.cli.bench.report import Output, at_least, in_turn, reporting
-from rayltx.cli.bench.small_models import check_comfyui
 from rayltx.cli.packages import require_packages
-from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, enter
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, check_comfyui, enter
 from rayltx.comfy_dist.comfy_host import COMFY_HOST
 from rayltx.devices import CPU
 from rayltx.distributed_worker.cluster import Cluster

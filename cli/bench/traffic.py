@@ -11,6 +11,8 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 
+from rayltx.sequence_parallel.sharded_keys import ALL_GATHER
+
 # What a forward by Ulysses does not call, and is not counted.
 _OTHERS = (
     "all_reduce", "broadcast", "all_gather", "gather", "scatter", "reduce_scatter_tensor", "isend", "irecv",
@@ -40,9 +42,7 @@ def counted_traffic(is_carried: bool = True) -> Iterator[Traffic]:
     is_carried: False where there are no other ranks: nothing is sent then.
     """
     traffic = Traffic()
-    # torch 2.13 renamed it.
-    gather_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    real = {name: getattr(dist, name) for name in ("all_to_all_single", gather_name)}
+    real = {name: getattr(dist, name) for name in ("all_to_all_single", ALL_GATHER)}
 
     def carried(name: str, *args: Any, **kwargs: Any) -> Any:
         if is_carried:
@@ -66,12 +66,12 @@ def counted_traffic(is_carried: bool = True) -> Iterator[Traffic]:
     def all_gather(output: Tensor, input: Tensor, **kwargs: Any) -> Any:
         traffic.collectives += 1
         traffic.received_bytes += (output.numel() - input.numel()) * output.element_size()
-        return carried(gather_name, output, input, **kwargs)
+        return carried(ALL_GATHER, output, input, **kwargs)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a collective that is not counted")
 
-    counting: dict[str, Callable[..., Any]] = {"all_to_all_single": all_to_all, gather_name: all_gather}
+    counting: dict[str, Callable[..., Any]] = {"all_to_all_single": all_to_all, ALL_GATHER: all_gather}
     with contextlib.ExitStack() as scope:
         for name, function in {**dict.fromkeys(_OTHERS, refuse), **counting}.items():
             scope.enter_context(mock.patch.object(dist, name, function))

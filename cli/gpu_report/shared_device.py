@@ -21,7 +21,7 @@ from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.local_attention import torch_attention
 from rayltx.sequence_parallel.partition import ParallelConfig, TokenPartition
 from rayltx.sequence_parallel.self_attention import SelfAttentionExchange
-from rayltx.sequence_parallel.sharded_keys import attention_over_sharded_keys
+from rayltx.sequence_parallel.sharded_keys import ALL_GATHER, attention_over_sharded_keys
 from rayltx.sequence_parallel.ulysses import gather_tokens
 
 _LIMIT_S = 120.0
@@ -108,8 +108,7 @@ class _Done:
 def staged() -> Iterator[None]:
     """Let gloo carry tensors of any device, through the host."""
     all_to_all, passed_on = dist.all_to_all_single, dist.batch_isend_irecv
-    gather_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    all_gather = getattr(dist, gather_name)
+    all_gather = getattr(dist, ALL_GATHER)
 
     def staged_all_to_all(
         out: Tensor, sent: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None,
@@ -139,7 +138,7 @@ def staged() -> Iterator[None]:
 
     with (
         mock.patch.object(dist, "all_to_all_single", staged_all_to_all),
-        mock.patch.object(dist, gather_name, staged_all_gather),
+        mock.patch.object(dist, ALL_GATHER, staged_all_gather),
         mock.patch.object(dist, "batch_isend_irecv", staged_batch),
     ):
         yield

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, enter, is_comfyui
+from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, check_comfyui, enter_given
 from rayltx.comfy_dist.comfy_host import COMFY_HOST
 from rayltx.comfy_dist.comfy_types import VAE, Conditioning, Model
 from rayltx.comfy_dist.main_process.comfy_nodes import LIGHTRICKS, SOUND, call_node
@@ -28,17 +28,11 @@ from rayltx.sequence_parallel.partition import ParallelConfig
 @contextmanager
 def comfyui_cluster(root: Path, request: ClusterRequest) -> Iterator[Cluster]:
     """Become like the ComfyUI at `root`, and start workers that are. Raises InputError if there is none."""
-    if not is_comfyui(root):
-        raise InputError(f"comfyui={root}: there is no ComfyUI in that folder (no comfy/sd.py)")
+    check_comfyui(root)
     environment = ComfyEnvironment.headless(str(root.resolve()), cpu=request.device == "cpu")
     request = dataclasses.replace(request, host=COMFY_HOST, bootstrap=environment.bootstrap())
     with Cluster.start(request) as cluster:
-        try:
-            enter(environment, request.device)
-        except ImportError as error:
-            raise InputError(
-                f"comfyui={root}: cannot be imported by this Python ({error}); run rayltx with ComfyUI's own Python"
-            ) from error
+        enter_given(root, environment, request.device)
         yield cluster
 
 

@@ -107,7 +107,7 @@ def sharded(
                     projecting = functools.partial(forward.project_and_attend, attention, attention.forward)
                     scope.enter_context(replaced(attention, "forward", projecting))
         in_step = scope.enter_context(agreed_input_scales(diffusion_model, scales_of or group))
-        if kept_text is not None:
+        if kept_text is not None and not kept_text.is_off:
             layers = _layers_of_text(diffusion_model, gathered)
             scope.enter_context(kept_text.in_forward(layers))
             for layer in layers:

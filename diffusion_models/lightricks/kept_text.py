@@ -46,7 +46,7 @@ class KeptText:
         self._layers: Sequence[nn.Module] = ()
         self._texts: list[_Text] = []
         self._met: list[tuple[Tensor, _Text | None]] = []  # in this forward; held, for no other to get their address
-        self._is_off = False
+        self.is_off = False  # each layer has a text of its own, until it forgets
 
     @property
     def num_bytes(self) -> int:
@@ -56,26 +56,24 @@ class KeptText:
 
     def forget(self) -> None:
         """Before a weight changes, and when the memory is wanted."""
-        self._texts, self._met, self._is_off = [], [], False
+        self._texts, self._met, self.is_off = [], [], False
 
     @contextlib.contextmanager
     def in_forward(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """A forward of the model runs within the `with`. layers: all that `project` is called for."""
         self._layers, self._met = layers, []
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.forget)  # the memory may be what was lacking
             yield
-        except BaseException:
-            self.forget()  # the memory may be what was lacking
-            raise
-        finally:
-            self._met = []
+            failed.pop_all()
+        self._met = []
 
     def project(self, layer: nn.Module, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`product(x)`, or what it was for the same numbers. The caller does not write to it.
 
         layer: whose product it is. x: (B, L, D). Returns (B, L, K).
         """
-        text = None if self._is_off else self._text_of(x)
+        text = None if self.is_off else self._text_of(x)
         if text is None:
             return product(x)
         if layer not in text.projected:
@@ -89,7 +87,7 @@ class KeptText:
         widths = {met.shape[-1] for met, _ in self._met}
         if len(self._met) >= _MOST_TEXTS * len(widths | {x.shape[-1]}):  # each layer has a text of its own
             self.forget()
-            self._is_off = True
+            self.is_off = True
             return None
         known = next((text for text in self._texts if self._is_of(text, x)), None) or self._begin(x)
         self._met.append((x, known))

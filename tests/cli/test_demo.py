@@ -6,14 +6,12 @@ import logging
 
 import pytest
 import torch
+from embedded_host import load_host
 
 from rayltx.demo.clips import BACKGROUND, COLOURS, MOTIONS, render_clip
 from rayltx.demo.pixels import latent_to_pixels, pixels_to_latent
 from rayltx.demo.prompts import PROMPTS, scene_context
 from rayltx.demo.vae import CHECKPOINT, KNOWN_LATENTS, check_options, decode
-from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
-from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
-from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.sampling import initial_noise, sample, schedule
 from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -50,11 +48,7 @@ def test_a_clip_shows_what_was_asked_for(name):
 def shown(name: str) -> torch.Tensor:
     """The clip of a named prompt, (F, H, W, 3)."""
     shape = LatentShape(*KNOWN_LATENTS)
-    checkpoint = open_checkpoint(CHECKPOINT)
-    host = DiffusersHost(DiffusersModel.of_checkpoint(checkpoint))
-    with checkpoint.open() as reader:
-        host.assign({name: reader.read(name) for name in checkpoint.tensors})
-    host.finish_loading()
+    host = load_host(CHECKPOINT)
     sides = [
         {"context": context, "context_mask": mask, "frame_rate": 24.0}
         for context, mask in (scene_context(PROMPTS[name]), scene_context(None))

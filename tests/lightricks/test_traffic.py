@@ -4,11 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from embedded_host import load_host
 
 from rayltx.cli.bench.traffic import counted_traffic
-from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
-from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
-from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.exactness import CASES
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.roles import AttentionRole
@@ -71,10 +69,7 @@ def test_a_layer_moves_at_most_1_05_times_the_minimum(ranks, world_size):
 
 
 def model_traffic(path, layers):
-    checkpoint = open_checkpoint(path)
-    host = DiffusersHost(DiffusersModel.of_checkpoint(checkpoint))
-    with checkpoint.open() as reader:
-        host.assign({name: reader.read(name) for name in checkpoint.tensors})
+    host = load_host(path)
     group = SequenceParallelGroup.create(ParallelConfig(2, 1))
     with counted_traffic() as traffic:
         host.forward(group, CASES[1].inputs(host.model))
