@@ -51,6 +51,9 @@ def install_pack(custom_nodes: Path) -> Path:
 
 
 class Server:
+    """ComfyUI computes with one thread, as the workers do: on some processors, torch's convolutions of one thread and of two
+    sum in other orders, and then the same bits cannot be asked for."""
+
     def __init__(self, comfyui: Path, base: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self.base, self.output = base, base / "output"
         custom_nodes = base / "custom_nodes"
@@ -75,7 +78,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.log_path = base / "server.log"
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment = {**inherited, **(environment or {})}
+        environment = {**inherited, "OMP_NUM_THREADS": "1", **(environment or {})}
         with self.log_path.open("a") as log:
             self.process = subprocess.Popen(
                 bound_to_this_process(
