@@ -46,7 +46,7 @@ def counts(
     height: HeightOption = 704,
     frames: FramesOption = 121,
     ranks: RanksOption = "1,2,4,8",
-    chunks: Annotated[int, typer.Option(help="Feed-forward in so many portions; 0: automatic, 1: at once.")] = 1,
+    chunks: Annotated[int, typer.Option(help="Feed-forward in so many portions; 0: automatic, 1: at once.")] = 0,
     comfyui: ComfyUIOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -20,5 +20,5 @@ def check(layers):
         assert layer["of_minimum"] <= 1.05, ranks
         groups = layer["collectives"] - (0 if ranks == 1 else 1 if ranks == 2 else 2)  # video-to-audio attention's
         assert groups % 4 == 0 and groups <= 16, "query, key, value and output, in four groups of heads at most"
-        assert layer["peak_bytes"] <= (1 / ranks + 0.05) * alone["peak_bytes"], ranks
+        assert layer["peak_bytes"] <= (1 / ranks + 0.05) * layer["plain_peak_bytes"], ranks
         assert sum(layer["held_at_peak"].values()) == layer["peak_bytes"]

@@ -7,6 +7,7 @@ its run: the text's keys and values are there already, where steps do not change
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -26,6 +27,7 @@ from rayltx.cli.bench.real_sizes import comfyui_config, transformer_config
 from rayltx.cli.bench.small_models import enter_comfyui
 from rayltx.cli.packages import require_packages
 from rayltx.comfy_dist.comfy_environment import check_comfyui
+from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import TEXT_TOKENS
@@ -54,6 +56,9 @@ class LayerCounts:
     peak_bytes: int
     held_at_peak: dict[str, int]
     kept_text_bytes: int  # of a layer, from the first step on; not in the peak
+    plain_peak_bytes: (
+        int  # of the model on one card, feed-forward at once; ComfyUI's by itself, without anything of ours
+    )
 
     @property
     def of_minimum(self) -> float:
@@ -67,7 +72,7 @@ class CountOptions:
     height: int
     frames: int
     ranks: Sequence[int]
-    chunks: int  # of the feed-forward
+    chunks: int  # of the feed-forward; 0: as runs have it
     comfyui: Path | None
     as_json: bool
 
@@ -98,7 +103,7 @@ def run_counts(options: CountOptions) -> None:
 
 
 def layer_counts(
-    version: str, shape: LatentShape, ranks: Sequence[int], chunks: int = 1, comfyui: Path | None = None
+    version: str, shape: LatentShape, ranks: Sequence[int], chunks: int = AUTOMATIC, comfyui: Path | None = None
 ) -> list[LayerCounts]:
     """A layer of a version's real width on 1 of so many ranks, for each of `ranks`.
 
@@ -110,6 +115,7 @@ def layer_counts(
         check_comfyui(comfyui)
     model_of = _diffusers_forward if comfyui is None else _comfyui_forward(comfyui)
     width = transformer_config(version, 1)["cross_attention_dim"]
+    plain, _ = _counts_of(model_of, version, 2, shape, None, ParallelConfig())
     found = []
     for degree in ranks:
         config = ParallelConfig(degree)
@@ -121,16 +127,21 @@ def layer_counts(
             LayerCounts(
                 config, two.flops - one.flops, two.received_bytes - one.received_bytes, minimum,
                 two.collectives - one.collectives, two.operations - one.operations, two.peak_bytes, two.held_at_peak,
-                kept_of_two - kept_of_one,
+                kept_of_two - kept_of_one, plain.peak_bytes,
             )
         )  # fmt: skip
     return found
 
 
 def _counts_of(
-    model_of: Callable[..., Forward], version: str, layers: int, shape: LatentShape, chunks: int, config: ParallelConfig
+    model_of: Callable[..., Forward],
+    version: str,
+    layers: int,
+    shape: LatentShape,
+    chunks: int | None,
+    config: ParallelConfig,
 ) -> tuple[Counts, int]:
-    """Of a step, and the bytes of what is kept of the text."""
+    """Of a step, and the bytes of what is kept of the text. chunks: None for the model by itself, on one rank."""
     # Tensors without numbers cannot be compared: each text is that of the step before.
     kept_text = KeptText(lambda: math.inf, are_equal=lambda kept, now: True)
     with rank_zero_of(config) as group, FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
@@ -146,7 +157,7 @@ def _latent(shape: LatentShape) -> torch.Tensor:
     return torch.empty(1, 128, shape.frames, shape.height, shape.width, dtype=_DTYPE)
 
 
-def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: int) -> Forward:
+def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: int | None) -> Forward:
     from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint, TensorInfo
     from rayltx.diffusion_models.lightricks.diffusers_host import DiffusersHost
     from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
@@ -165,7 +176,7 @@ def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: in
         "latent": _latent(shape),
         "timestep": torch.full((1,), _SIGMA),
         "context": torch.empty(1, TEXT_TOKENS, widths[0], dtype=_DTYPE),
-        "feed_forward_chunks": chunks,
+        "feed_forward_chunks": 1 if chunks is None else chunks,
     }
     if model.has_audio:
         inputs["audio_latent"] = torch.empty(1, 8, shape.audio_tokens(), 16, dtype=_DTYPE)
@@ -181,7 +192,7 @@ def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: in
 def _comfyui_forward(folder: Path) -> Callable[..., Forward]:
     enter_comfyui(folder)
 
-    def forward_of(version: str, layers: int, shape: LatentShape, chunks: int) -> Forward:
+    def forward_of(version: str, layers: int, shape: LatentShape, chunks: int | None) -> Forward:
         import comfy.ops
 
         from rayltx.comfy_dist.model_spec import has_audio, text_width
@@ -202,7 +213,8 @@ def _comfyui_forward(folder: Path) -> Callable[..., Forward]:
         context = torch.empty(1, TEXT_TOKENS, text_width(model), dtype=_DTYPE)
 
         def forward(group: SequenceParallelGroup, kept_text: KeptText) -> object:
-            with shared(model, group, chunks, kept_text=kept_text):
+            own = contextlib.nullcontext()
+            with own if chunks is None else shared(model, group, chunks, kept_text=kept_text):
                 return model(x, timestep, context=context, attention_mask=mask, frame_rate=25.0, transformer_options={})
 
         return forward
@@ -228,7 +240,7 @@ def _print(options: CountOptions, shape: LatentShape, found: list[LayerCounts]) 
         "collectives",
         "operations",
         "peak",
-        "of one's",
+        "of plain",
     )
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -244,7 +256,7 @@ def _print(options: CountOptions, shape: LatentShape, found: list[LayerCounts]) 
             str(each.collectives),
             str(each.operations),
             f"{each.peak_bytes / 2**20:.0f} MiB",
-            f"{each.peak_bytes / alone.peak_bytes:.3f}" if alone else "",
+            f"{each.peak_bytes / each.plain_peak_bytes:.3f}",
         )
     console.print(table)
     for each in found:

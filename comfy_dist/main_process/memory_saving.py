@@ -6,10 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from rayltx.comfy_dist.wire import LoadInputs, StepInputs
-from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION
+from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC, CHUNKS_OPTION
 
 _LEAST_BUDGET = 64 * 2**20  # bytes; a block or two of any model
-AUTOMATIC_CHUNKS = 0
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class MemorySaving:
         return dataclasses.replace(inputs, weight_budget=self.weight_budget)
 
     def step(self, inputs: StepInputs) -> StepInputs:
-        options = {**inputs.changing_options, CHUNKS_OPTION: AUTOMATIC_CHUNKS}
+        options = {**inputs.changing_options, CHUNKS_OPTION: AUTOMATIC}
         return dataclasses.replace(inputs, changing_options=options, load=self.load(inputs.load))
 
     def __str__(self) -> str:

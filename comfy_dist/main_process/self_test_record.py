@@ -47,8 +47,6 @@ def prove_seam(
     this model's first blocks do.
     """
     config = placement.config
-    if config.world_size == 1:
-        return
     about = f"ComfyUI {spec.version}, {spec.model_version}"
     key = verdict_key(spec, base_model, placement, workers)
     passed = read_record(_path())
@@ -56,6 +54,16 @@ def prove_seam(
         _send_as_projected(remote, passed[key].get(_AS_PROJECTED, True))
         return
     started = time.monotonic()
+    if config.world_size == 1:
+        is_exact = _is_exact_alone(remote, config)
+        _send_as_projected(remote, is_exact is True)
+        if is_exact is not None:
+            _remember(passed, key, {"about": about, "world_size": 1, _AS_PROJECTED: is_exact})
+        if not is_exact:
+            logger.info(
+                "%s: self-attention stays as ComfyUI has it, which holds more than another that was tried", about
+            )
+        return
     errors, as_projected = _errors_and_path(remote, config, about)
     check_errors(errors, about)
     worst = max(errors.values())
@@ -82,7 +90,24 @@ def prove_seam(
         "world_size": config.world_size,
         _AS_PROJECTED: as_projected,
     }
+    _remember(passed, key, verdict)
+
+
+def _remember(passed: Mapping[str, object], key: str, verdict: Mapping[str, object]) -> None:
     write_record(_path(), {**passed, key: verdict}, "the self-test's verdict", "it will be run at every load")
+
+
+def _is_exact_alone(remote: RemoteModel, config: ParallelConfig) -> bool | None:
+    """Whether one rank, which shares nothing, may project self-attention as several do; None where that cannot be tried.
+
+    A model for which it is not exact runs without: nothing is refused.
+    """
+    try:
+        errors = _ask_errors_or_told(remote, config)
+        return not wrong_cases(errors) and all(found.is_rounding for found in ask_differences(remote, config).values())
+    except (OutOfMemory, RanksDisagree, RanksFailedAlike) as error:
+        logger.info("%s", first_line(error))
+        return None
 
 
 def _errors_and_path(remote: RemoteModel, config: ParallelConfig, about: str) -> tuple[dict[str, float | str], bool]:

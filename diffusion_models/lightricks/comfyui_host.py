@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
+from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC, chunked_feed_forward
 from rayltx.diffusion_models.lightricks.guide_masks import self_attention_mask_of
-from rayltx.diffusion_models.lightricks.input_scales import agreed_input_scales
+from rayltx.diffusion_models.lightricks.input_scales import agreed_input_scales, scales_its_input
 from rayltx.diffusion_models.lightricks.kept_text import KeptText, is_plain
 from rayltx.diffusion_models.lightricks.projected_exchange import (
     SKIPPED,
@@ -59,6 +59,7 @@ PREFERRED = "rayltx_preferred_attention"
 
 
 _QUERIES_STAY = (AttentionRole.VIDEO_TEXT, AttentionRole.AUDIO_TO_VIDEO)  # a rank attends with its own queries alone
+_LAYERS_FROM = ("comfy", "torch", "rayltx")
 _QUERY_BY_QUERY = ("attention_comfy_kitchen_int8",)  # of the kernels that a layer may ask for
 # In the options, where patches stand that run in the middle of blocks, and can write to what goes from one to the next.
 _PATCHES_INSIDE = ("patches", "patches_replace")
@@ -80,7 +81,7 @@ def sharded(
     answer on rank 0, and something of the same shape elsewhere.
     gathered: modules of blocks, by name, that are shown all tokens, because a patch made them look at more than one at a
     time: attention modules and `ff`. What they compute is not shared.
-    as_projected: let video self-attention that is known send each part as soon as it is projected.
+    as_projected: let video self-attention that is known send each part as soon as it is projected. On one rank it holds less.
     scales_of: the ranks whose inputs are quantised by one scale; None: the group's.
     kept_text: what is known of the text's keys and values by steps before, of known attention with plain layers.
     Collective: every rank of the group calls the model with the same inputs.
@@ -106,7 +107,7 @@ def sharded(
                 if as_projected and role is AttentionRole.VIDEO_SELF and name not in gathered and is_known(attention):
                     projecting = functools.partial(forward.project_and_attend, attention, attention.forward)
                     scope.enter_context(replaced(attention, "forward", projecting))
-        in_step = scope.enter_context(agreed_input_scales(diffusion_model, scales_of or group))
+        scope.enter_context(agreed_input_scales(diffusion_model, scales_of or group))
         if kept_text is not None and not kept_text.is_off:
             layers = _layers_of_text(diffusion_model, gathered)
             scope.enter_context(kept_text.in_forward(layers))
@@ -114,8 +115,7 @@ def sharded(
                 project = functools.partial(forward.project_text, kept_text, layer, layer.forward)
                 scope.enter_context(replaced(layer, "forward", project))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
-        if feed_forward_chunks != 1 and not in_step:  # ranks' tokens may fall into different numbers of chunks
-            scope.enter_context(chunked(diffusion_model, feed_forward_chunks))
+        scope.enter_context(chunked(diffusion_model, feed_forward_chunks, gathered))
         for name in gathered:
             module = diffusion_model.get_submodule(name)
             on_all = functools.partial(forward.on_all_tokens, module.forward, name.rpartition(".")[2])
@@ -140,14 +140,34 @@ def _at_block(group: SequenceParallelGroup, *_: object) -> None:
 
 
 @contextlib.contextmanager
-def chunked(diffusion_model: Any, chunks: int) -> Iterator[None]:
-    """Run the video feed-forwards in chunks of tokens within the `with`. Works on any LTX model, sharded or not."""
+def chunked(diffusion_model: Any, chunks: int, whole: Collection[str] = ()) -> Iterator[None]:
+    """Run the video feed-forwards in chunks of tokens within the `with`. Works on any LTX model, sharded or not.
+
+    chunks: see `chunked_feed_forward`. AUTOMATIC ones are made of feed-forwards alone that are ComfyUI's own: a patch of one may
+    look at all tokens.
+    whole: modules by name, that are called once in any case. So are those that scale their whole input.
+    """
     with contextlib.ExitStack() as scope:
-        for block in diffusion_model.transformer_blocks:
-            at_once = block.ff.forward
-            in_chunks = functools.partial(_chunked_forward, at_once, chunks)
-            scope.enter_context(replaced(block.ff, "forward", in_chunks))
+        for number, block in enumerate(diffusion_model.transformer_blocks):
+            if (
+                chunks == 1
+                or f"transformer_blocks.{number}.ff" in whole
+                or any(map(scales_its_input, block.ff.modules()))
+            ):
+                continue
+            if chunks != AUTOMATIC or all(map(_is_untouched, block.ff.modules())):
+                in_chunks = functools.partial(_chunked_forward, block.ff.forward, chunks)
+                scope.enter_context(replaced(block.ff, "forward", in_chunks))
         yield
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a module computes what a class of ComfyUI's, torch's or ours says. By its function's module, since a function
+    that wraps another is told to be of the other's."""
+    own, forward = module.__dict__, type(module).forward
+    is_changed = "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+    origin = getattr(forward, "__globals__", {}).get("__name__", "")
+    return not is_changed and origin.partition(".")[0] in _LAYERS_FROM
 
 
 def _chunked_forward(at_once: Callable[[Tensor], Tensor], chunks: int, x: Tensor) -> Tensor:
@@ -313,12 +333,14 @@ class _ShardedForward:
         rest = [*args, *(value for value in kwargs.values() if value is not None)]
         is_ours = self._override is not None and options.get(OVERRIDE) is self._override
         is_plain = MASK in options and options.get(PREFERRED) is None and not options.get(SKIPPED)
-        if rest or not is_ours or not is_plain or self.sequence.group.ulysses is None:
+        group = self.sequence.group
+        is_traded = group.ulysses is not None or group.world is None  # a ring alone keeps what it has
+        if rest or not is_ours or not is_plain or not is_traded:
             return original(x, *args, pe=pe, transformer_options=transformer_options, **kwargs)
         own_mask: SelfAttentionMask | None = options[MASK]
         plain = {"attn_precision": attention.attn_precision, "transformer_options": _plain(options, None)}
         local = functools.partial(_local, kernel_of(attention), plain, own_mask)
-        sequence = ShardedSequence(self.sequence.group, self.sequence.partition, own_mask)
+        sequence = ShardedSequence(group, self.sequence.partition, own_mask)
         return attend_while_projecting(attention, sequence, x, pe, local)
 
     def project_text(

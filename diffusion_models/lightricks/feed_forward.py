@@ -15,8 +15,11 @@ from torch import Tensor
 
 MIN_CHUNK_TOKENS = 512  # with fewer rows, matrix products take another path, and sum in another order
 CHUNK_MULTIPLE = 64
-AUTOMATIC_INNER_BYTES = 256 * 2**20
-# The key in ComfyUI's transformer options under which a model says in how many chunks: 0 chooses, 1 is at once.
+AUTOMATIC_INNER_BYTES = (
+    128 * 2**20
+)  # 4096 tokens of LTX-2 in bfloat16: with so many, products run at a card's full speed
+AUTOMATIC = 0  # chunks: by the number of tokens
+# The key in ComfyUI's transformer options under which a model says in how many chunks.
 CHUNKS_OPTION = "rayltx_feed_forward_chunks"
 
 
@@ -27,18 +30,18 @@ def chunk_tokens(num_tokens: int, chunks: int) -> int:
 
 
 def automatic_chunks(num_tokens: int, width: int, element_bytes: int) -> int:
-    """As few chunks as keep the inner activation of one batch element under 256 MiB."""
+    """As few chunks as keep the inner activation of one batch element under 128 MiB."""
     return max(1, -(-num_tokens * 4 * width * element_bytes // AUTOMATIC_INNER_BYTES))
 
 
 def chunked_feed_forward(feed_forward: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> Tensor:
     """`feed_forward(x)` in slices of the token dimension.
 
-    x: (B, T, D), any float dtype. chunks: how many at most; 0 chooses, 1 does it at once.
+    x: (B, T, D), any float dtype. chunks: how many at most; AUTOMATIC chooses, 1 does it at once.
     Returns (B, T, D), allocated once.
     """
     num_tokens = x.shape[1]
-    if chunks == 0:
+    if chunks == AUTOMATIC:
         chunks = automatic_chunks(num_tokens, x.shape[0] * x.shape[2], x.element_size())
     length = chunk_tokens(num_tokens, chunks)
     if chunks == 1 or length >= num_tokens:

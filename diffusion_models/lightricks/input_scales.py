@@ -22,25 +22,24 @@ _LARGEST = 448.0 * 6.0  # of a block's scale in fp8, times that of a value in fp
 
 
 @contextlib.contextmanager
-def agreed_input_scales(model: nn.Module, group: SequenceParallelGroup) -> Iterator[bool]:
+def agreed_input_scales(model: nn.Module, group: SequenceParallelGroup) -> Iterator[None]:
     """Within the `with`, give such layers of the model the scale of all ranks' inputs together, at each call.
 
-    Gives whether there are any: then all ranks have to call the same layers equally often, which chunks of their tokens do not.
-    Collective: all ranks of the group call the same layers in the same order. Costs a small all-reduce for each input.
+    Collective: all ranks of the group call the same layers in the same order, equally often. Costs a small all-reduce for each
+    input.
     """
     with contextlib.ExitStack() as scope:
-        any_layer = False
         if group.world is not None:
             agreement = _Agreement(group.world)
             for layer in model.modules():
-                if _scales_its_input(layer):
-                    any_layer = True
+                if scales_its_input(layer):
                     scope.callback(layer.register_forward_pre_hook(agreement.give_scale).remove)
                     scope.callback(layer.__dict__.pop, "input_scale", None)
-        yield any_layer
+        yield
 
 
-def _scales_its_input(layer: nn.Module) -> bool:
+def scales_its_input(layer: nn.Module) -> bool:
+    """Whether all of its input counts for how each value is rounded: it cannot be called with some tokens at a time."""
     # By the instance's own attributes: this is asked of every module at every step.
     return layer.__dict__.get("layout_type") == _LAYOUT and getattr(layer, "input_scale", None) is None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import comfy_scenarios as scenarios
 import pytest
 import torch
@@ -92,6 +94,64 @@ def test_twice_is_once_with_the_last_number(model):
     assert twice.model_options["transformer_options"][CHUNKS_OPTION] == CHUNKS
     assert CHUNKS_OPTION not in model.model_options["transformer_options"]
     assert peak <= at_once / CHUNKS * 1.12
+
+
+class Doubled(torch.nn.Module):
+    """A pack's layer in the place of ComfyUI's."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+def of_a_pack(original):
+    @functools.wraps(original)
+    def forward(self, x):
+        return original(self, x)
+
+    return forward
+
+
+CHANGES = {
+    "nothing": lambda ff, patch: None,
+    "a forward": lambda ff, patch: patch.setattr(ff, "forward", ff.forward, raising=False),
+    "a layer's forward": lambda ff, patch: patch.setattr(ff.net[2], "forward", ff.net[2].forward),
+    "a hook": lambda ff, patch: ff.net[0].register_forward_hook(lambda *args: None),
+    "a layer": lambda ff, patch: patch.setitem(ff.net[0]._modules, "proj", Doubled(ff.net[0].proj)),
+    "the class's forward": lambda ff, patch: patch.setattr(type(ff), "forward", of_a_pack(type(ff).forward)),
+    "a scale for all tokens": lambda ff, patch: patch.setattr(
+        ff.net[2], "layout_type", "TensorCoreNVFP4Layout", raising=False
+    ),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+@pytest.mark.parametrize("model", ["LTX-2.3"], indirect=True)
+def test_left_to_choose_it_is_in_chunks_where_nobody_looks_at_all_tokens(model, change, monkeypatch):
+    from rayltx.diffusion_models.lightricks import feed_forward
+    from rayltx.diffusion_models.lightricks.comfyui_host import chunked
+
+    blocks = model[0].model.diffusion_model.transformer_blocks
+    ff = blocks[0].ff
+    seen = []
+    x = torch.randn(1, 1500, ff.net[2].out_features)
+    monkeypatch.setattr(feed_forward, "AUTOMATIC_INNER_BYTES", 4 * x.nbytes // 3)
+    CHANGES[change](ff, monkeypatch)
+    with torch.inference_mode():
+        expected = ff(x)
+        with chunked(model[0].model.diffusion_model, feed_forward.AUTOMATIC):
+            # Too late to count.
+            ff.net[0].proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+            found = ff(x)
+    assert relative_error(found, expected) <= TOLERANCE
+    assert seen == ([512, 512, 476] if change == "nothing" else [1500])
+    seen.clear()
+    with torch.inference_mode(), chunked(model[0].model.diffusion_model, 3, ["transformer_blocks.0.ff"]):
+        ff(x)
+    assert seen == [1500], "shown all tokens, whatever was asked for"
 
 
 def test_a_model_that_is_not_ltx(comfy):

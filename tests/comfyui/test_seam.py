@@ -17,7 +17,7 @@ from comfy_ranks import (
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
 from rayltx.sequence_parallel.partition import ParallelConfig
 
-DEGREES = [(2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
+DEGREES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
 ROWS_APART = [(1, 1, 2), (2, 1, 2), (1, 2, 2), (1, 1, 2, 2)]
 UNEQUAL = [(2, 1, 1, 1, (3.0, 1.0)), (2, 2, 1, 1, (1.0, 2.0, 3.0, 1.5)), (2, 1, 1, 1, (1e6, 1.0))]
 
@@ -113,7 +113,7 @@ def test_no_rank_has_tables_of_full_length(comfy, ranks, version, case):
         assert modulation < whole_modulation or case == "text to video"  # which has one row
 
 
-@pytest.mark.parametrize("degrees", [(2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("degrees", [(1, 1), (2, 1), (3, 1), (2, 2)])
 @pytest.mark.parametrize("version", ["LTX-Video", "LTX-2.3"])
 def test_attention_that_is_sent_part_by_part_gives_the_same_bits(comfy, ranks, version, degrees):
     """In one group of heads and in two; and it is used: by each of two blocks, twice, but where values pass through."""

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.comfyui
 # In a process of its own: a process has one cluster.
 CHILD = """
 import json, sys
-path, comfyui, sys.path[:0] = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+path, comfyui, sys.path[:0], workers = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
 import logging, torch, comfy_scenarios as scenarios
 from comfy_models import CONFIGS, set_up_comfyui
 set_up_comfyui(comfyui)
@@ -36,20 +36,21 @@ self_test_record.read_record = lambda path: record
 self_test_record.write_record = lambda path, verdicts, *told: record.update(verdicts)
 self_test_record.logger.warning = lambda text, *arguments: warned.append(text % arguments)
 inner = ComfyEnvironment.headless(comfyui, cpu=True).bootstrap()
-request = ClusterRequest(workers=2, host=COMFY_HOST, bootstrap=Bootstrap("comfy_ranks:take_another_rotation", inner))
+request = ClusterRequest(workers=workers, host=COMFY_HOST, bootstrap=Bootstrap("comfy_ranks:take_another_rotation", inner))
 with torch.inference_mode():
     picture = lambda model: scenarios.tensors_of(scenarios.euler(model, VERSION, CONFIGS[VERSION]))
     reference = picture(comfy.sd.load_diffusion_model(path))
     errors = []
     for _ in range(2):  # the second time by the record
-        twin = load_twin(path, Placement(request, ParallelConfig(2, 1)))
+        twin = load_twin(path, Placement(request, ParallelConfig(workers)))
         errors.append(max(map(relative_error, picture(twin), reference)))
 Cluster.current().shutdown()
 print(json.dumps([errors, warned, [verdict["as_projected"] for verdict in record.values()]]))
 """
 
 
-def test_it_takes_the_plain_path_and_is_exact(comfy, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_takes_the_plain_path_and_is_exact(comfy, tmp_path, workers):
     import comfy.ldm.lightricks.model as module
 
     if not hasattr(module, "apply_rotary_emb_qk"):
@@ -57,11 +58,12 @@ def test_it_takes_the_plain_path_and_is_exact(comfy, tmp_path):
     path = tmp_path / "model.safetensors"
     save_tiny_checkpoint(path, "LTX-2")
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path), str(find_comfyui()), json.dumps(sys.path)],
+        [sys.executable, "-c", CHILD, str(path), str(find_comfyui()), json.dumps(sys.path), str(workers)],
         capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     errors, warned, as_projected = json.loads(done.stdout.splitlines()[-1])
     assert max(errors) <= 2e-6
     assert as_projected == [False]
-    assert len(warned) == 1 and "something else when its parts are sent as they are projected" in warned[0]
+    if workers > 1:
+        assert len(warned) == 1 and "something else when its parts are sent as they are projected" in warned[0]
