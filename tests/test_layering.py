@@ -1,6 +1,7 @@
 """Imports point one way, and the package works wherever it lies."""
 
 import ast
+import functools
 import graphlib
 import json
 import os
@@ -33,6 +34,7 @@ print(json.dumps(sorted(sys.modules)))
 """
 
 
+@functools.cache
 def modules_after_importing(name, importable=ROOT / "importable", cwd=None):
     environment = {**os.environ, "PYTHONPATH": str(importable)}
     done = subprocess.run(

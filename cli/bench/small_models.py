@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,11 @@ _SIGMA = 0.8
 
 
 class Forward(Protocol):
-    def __call__(self, group: SequenceParallelGroup, as_projected: bool = True) -> list[Tensor]:
-        """The whole answer on rank 0; elsewhere nothing that is of use. as_projected: as in `comfyui_host.sharded`."""
+    def __call__(self, group: SequenceParallelGroup | None, as_projected: bool = True) -> list[Tensor]:
+        """The whole answer on rank 0; elsewhere nothing that is of use.
+
+        group: None for ComfyUI's model by itself, without anything of ours. as_projected: as in `comfyui_host.sharded`.
+        """
         ...
 
 
@@ -120,7 +124,8 @@ def _diffusers_forward(small: SmallModel) -> Forward:
         inputs["audio_latent"] = small.randn(1, 8, AUDIO_TOKENS, 16)
         inputs["audio_context"] = small.randn(1, small.text_tokens, widths[1])
 
-    def forward(group: SequenceParallelGroup, as_projected: bool = True) -> list[Tensor]:
+    def forward(group: SequenceParallelGroup | None, as_projected: bool = True) -> list[Tensor]:
+        assert group is not None, "diffusers' model is run by its host"
         return list((host.forward(group, inputs) or {}).values())
 
     return forward
@@ -143,6 +148,7 @@ def _comfyui_forward(small: SmallModel) -> Forward:
     enter_comfyui(small.comfyui, small.device)
     from rayltx.comfy_dist.model_spec import has_audio, text_width
     from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+    from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC
     from rayltx.diffusion_models.lightricks.kept_text import KeptText
 
     kept_text = KeptText(lambda: math.inf)
@@ -156,8 +162,10 @@ def _comfyui_forward(small: SmallModel) -> Forward:
         mask = torch.ones(1, small.text_tokens, dtype=torch.int64, device=small.device)
     context = small.randn(1, small.text_tokens, text_width(model))
 
-    def forward(group: SequenceParallelGroup, as_projected: bool = True) -> list[Tensor]:
-        with sharded(model, group, as_projected=as_projected, kept_text=kept_text):
+    def forward(group: SequenceParallelGroup | None, as_projected: bool = True) -> list[Tensor]:
+        with contextlib.ExitStack() as scope:
+            if group is not None:
+                scope.enter_context(sharded(model, group, AUTOMATIC, as_projected=as_projected, kept_text=kept_text))
             out = model(x, timestep, context=context, attention_mask=mask, frame_rate=25.0, transformer_options={})
         return list(out) if isinstance(out, (list, tuple)) else [out]
 

@@ -74,6 +74,11 @@ def prove_seam(
             "%s: no memory to try this model's own kernels on several ranks, so they are not: %s", about, error
         )
         return
+    except (RanksDisagree, RanksFailedAlike) as error:  # says the same as a wrong number
+        raise SelfTestError(
+            f"{about}: exact on several ranks in float32, but this model's own layers do not run there: {error}. Choose another "
+            "attention (ComfyUI's --use-pytorch-cross-attention), another weight_dtype, or one GPU"
+        ) from error
     check_differences(differences, about, spec, chooses_other_kernel(placement.comfyui_arguments))
     in_dtype = max(differences.values(), key=lambda difference: difference.error)
     logger.info(

@@ -41,6 +41,7 @@ def test_a_clip_from_three_workers_equals_one_workers(tmp_path):
     assert not left_over
 
 
+@pytest.mark.slow
 def test_sound_and_picture_from_conditioning_in_a_file(tmp_path):
     save_tiny_checkpoint(tmp_path / "ltx2.safetensors", "LTX-2")
     text = {"context": torch.randn(1, 5, 48), "audio_context": torch.randn(1, 5, 48)}

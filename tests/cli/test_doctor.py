@@ -86,6 +86,7 @@ def answer(kind):
     return [Fact("fine", kind.name)]
 
 
+@pytest.mark.slow
 def test_a_check_may_do_anything_to_its_process():
     assert run_check_apart(answer, "cpu") == [Fact("fine", "cpu")]
     assert "SIGSEGV" in run_check_apart(crash, "cpu")[0].problem

@@ -70,7 +70,9 @@ SMALL = ["--device", "cpu", "--steps", "1", "--frames", "9", "--width", "64", "-
         ("diffusers imageio av PIL ray psutil torch", ["--help"]),
         ("imageio av ray", ["info", DEMO]),
         ("diffusers imageio av PIL ray psutil", ["convert", DEMO, "demo.gguf", "--type", "Q8_0"]),
-        ("imageio av", ["generate", *SMALL, "-o", "clip.safetensors", "-o", "clip.png"]),
+        pytest.param(
+            "imageio av", ["generate", *SMALL, "-o", "clip.safetensors", "-o", "clip.png"], marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: " ".join(value).replace(DEMO, "FILE") if isinstance(value, list) else value,
 )

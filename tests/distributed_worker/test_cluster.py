@@ -189,6 +189,7 @@ def test_ranks_out_of_step_form_their_group_anew(cluster, loaded):
     assert [info.pid for info in cluster.workers()] == pids
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_named_and_replaced(cluster, loaded, tmp_path, monkeypatch):
     remote, inputs, reference = loaded
     monkeypatch.setattr("rayltx.distributed_worker.outcomes.GRACE_S", 2.0)
@@ -240,7 +241,7 @@ def test_a_rank_without_progress_is_found_by_its_block(cluster, loaded, tmp_path
     assert ("rank 1: says nothing" in caplog.text) == (how == "stop")
 
 
-@pytest.mark.parametrize("how", ["exit", "raise", "loop in a block"])
+@pytest.mark.parametrize("how", ["exit", "raise", pytest.param("loop in a block", marks=pytest.mark.slow)])
 def test_a_rank_with_rows_of_its_own_is_missed_as_any_other(cluster, checkpoint_of, tmp_path, caplog, how):
     """Ranks that exchange nothing before the answer."""
     checkpoint, untouched = checkpoint_of("LTX-Video")

@@ -177,6 +177,7 @@ def test_an_ended_cluster_stays_ended():
         assert not old.is_alive() and not old.driver.is_running
 
 
+@pytest.mark.slow
 def test_what_is_let_go_of_makes_room_in_the_store():
     """Ray would write what does not fit into files, among its own."""
     with Cluster.start(ClusterRequest(workers=1, object_store_bytes=128 * 2**20)) as cluster:

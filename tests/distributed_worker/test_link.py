@@ -47,9 +47,8 @@ def with_peer_to_peer(monkeypatch):
     monkeypatch.setattr(ClusterRequest, "gpu_names", lambda request: ("CPU", "CPU"))
 
 
-@pytest.mark.parametrize(
-    "damage", ["corrupt bulk", *(pytest.param(d, marks=pytest.mark.slow) for d in ("corrupt", "hang"))]
-)
+@pytest.mark.parametrize("damage", ["corrupt bulk", "corrupt", "hang"])
+@pytest.mark.slow
 def test_a_link_that_corrupts_or_hangs_is_used_without_peer_to_peer(
     request_for, with_peer_to_peer, tmp_path, caplog, damage
 ):
@@ -111,6 +110,7 @@ def test_findings_are_kept_by_the_gpus_that_they_are_about(tmp_path):
     assert not MachineRecord("", cards).needs_no_peer_to_peer()
 
 
+@pytest.mark.slow
 def test_unlike_devices_get_shares_by_their_speed(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     untouched = save_tiny_checkpoint(tmp_path / "model.safetensors", "LTX-Video")

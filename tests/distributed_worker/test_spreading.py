@@ -66,7 +66,8 @@ def test_a_worker_that_is_lost_costs_no_answer(remote):
     assert remote._group.workers()[1].pid != victim
 
 
-@pytest.mark.parametrize("victims", [(0,), pytest.param((0, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victims", [(0,), (0, 1)])
+@pytest.mark.slow
 def test_workers_that_are_lost_while_others_have_gone_ahead(remote, victims):
     """The first call is the longest: what was done behind it waits for it, and it has to be asked again."""
     pids = [remote._group.workers()[rank].pid for rank in victims]

@@ -145,7 +145,7 @@ COMMON = {
 
 
 @given(**ARGUMENTS)
-@settings(max_examples=1000, derandomize=True, **COMMON)
+@settings(max_examples=300, derandomize=True, **COMMON)
 def test_some_files(files, tmp_path, **arguments):
     check(files, tmp_path, **arguments)
 
