@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import time
 import uuid
 import weakref
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from rayltx.comfy_dist.main_process.forwarding import (
     register_unimportable_modules,
     remote_options,
 )
+from rayltx.comfy_dist.main_process.gain import Gain
 from rayltx.comfy_dist.main_process.in_place_changes import InPlaceChanges
 from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text_to_connect, estimated_shape
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
@@ -94,6 +96,7 @@ class WorkerLink:
         self._options_state: OptionState | None = None
         self.hooks = SentHooks(remote)
         self.memory = DeviceMemory(self)
+        self._gain = Gain()
 
     @property
     def base_model(self) -> BaseModel:
@@ -217,8 +220,14 @@ class WorkerLink:
 
         def step(saving: MemorySaving | None) -> ModelOutput:
             call = ask_together(ComfyHost.forward, inputs if saving is None else saving.step(inputs))
+            started = time.monotonic()
             out = self.remote.call_together(call, self.placement.config, poll=raise_if_cancelled)
             assert out is not None, "rank 0 answers"
+            link = self.cluster.group.link_report
+            if link is not None and not self.placement.request.on_cpu:  # workers on the CPU share its cores
+                element_bytes = self.spec.compute_dtype.itemsize
+                taken_s = time.monotonic() - started
+                self._gain.after_step(model, x, self.placement.config, link.exchange, element_bytes, taken_s)
             return out
 
         out = self.memory.within(step)
