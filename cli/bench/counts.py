@@ -56,9 +56,7 @@ class LayerCounts:
     peak_bytes: int
     held_at_peak: dict[str, int]
     kept_text_bytes: int  # of a layer, from the first step on; not in the peak
-    plain_peak_bytes: (
-        int  # of the model on one card, feed-forward at once; ComfyUI's by itself, without anything of ours
-    )
+    plain_peak_bytes: int  # of the model on one card, its feed-forward at once; of ComfyUI's by itself
 
     @property
     def of_minimum(self) -> float:

@@ -15,10 +15,8 @@ from torch import Tensor
 
 MIN_CHUNK_TOKENS = 512  # with fewer rows, matrix products take another path, and sum in another order
 CHUNK_MULTIPLE = 64
-AUTOMATIC_INNER_BYTES = (
-    128 * 2**20
-)  # 4096 tokens of LTX-2 in bfloat16: with so many, products run at a card's full speed
 AUTOMATIC = 0  # chunks: by the number of tokens
+AUTOMATIC_INNER_BYTES = 128 * 2**20  # 4096 tokens of LTX-2 in bfloat16, large matrices still
 # The key in ComfyUI's transformer options under which a model says in how many chunks.
 CHUNKS_OPTION = "rayltx_feed_forward_chunks"
 
