@@ -43,6 +43,7 @@ class StepInputs:
     hooks_key: str | None  # read by `ComfyModel`: which of the hooks that it keeps are on; None: none
     load: LoadInputs
     way: Way = Way()
+    saves_memory: bool = False  # read by `ComfyModel`: a device's memory ran out
 
 
 @dataclass(frozen=True)

@@ -211,8 +211,9 @@ def _comfyui_forward(folder: Path) -> Callable[..., Forward]:
         context = torch.empty(1, TEXT_TOKENS, text_width(model), dtype=_DTYPE)
 
         def forward(group: SequenceParallelGroup, kept_text: KeptText) -> object:
-            own = contextlib.nullcontext()
-            with own if chunks is None else shared(model, group, chunks, kept_text=kept_text):
+            with contextlib.ExitStack() as scope:
+                if chunks is not None:
+                    scope.enter_context(shared(model, group, chunks, kept_text=kept_text))
                 return model(x, timestep, context=context, attention_mask=mask, frame_rate=25.0, transformer_options={})
 
         return forward

@@ -63,7 +63,10 @@ def run_shard(options: ShardOptions, output: Output) -> None:
         host = "diffusers'" if options.comfyui is None else "ComfyUI's"
         what = f"a forward of a small {options.model}, {host}, {shape.num_tokens} video tokens"
         report.measurements.append(Measurement(what, "s", clock, arms))
-        alone, part = (arm.median for arm in arms[-2:])
+        medians = {arm.name: arm.median for arm in arms}
+        alone, part = medians[_ALONE], medians[_PART]
+        if _OWN in medians:
+            report.found["one rank over ComfyUI's own"] = alone / medians[_OWN]
         report.found |= compared_with_plan(small, options.workers, alone, part)
         report.found["the same bits as one rank"] = is_exact
         report.found["relative difference from one rank"] = error
@@ -104,8 +107,9 @@ def _measure(group: SequenceParallelGroup, small: SmallModel, rounds: int) -> tu
         taken = thread_seconds(work) if small.device == CPU else event_seconds(small.device, work)
         return slowest(taken, small.device)
 
-    on: dict[str, SequenceParallelGroup | None] = {_OWN: None} if small.comfyui is not None else {}
-    on |= {_ALONE: SequenceParallelGroup.single(), _PART: group}
+    on: dict[str, SequenceParallelGroup | None] = {_ALONE: SequenceParallelGroup.single(), _PART: group}
+    if small.comfyui is not None:
+        on[_OWN] = None
     with torch.inference_mode():
         arms = in_turn({name: functools.partial(seconds, name, of) for name, of in on.items()}, rounds)
     if group.rank != 0:

@@ -148,7 +148,6 @@ def _comfyui_forward(small: SmallModel) -> Forward:
     enter_comfyui(small.comfyui, small.device)
     from rayltx.comfy_dist.model_spec import has_audio, text_width
     from rayltx.diffusion_models.lightricks.comfyui_host import sharded
-    from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC
     from rayltx.diffusion_models.lightricks.kept_text import KeptText
 
     kept_text = KeptText(lambda: math.inf)
@@ -165,7 +164,7 @@ def _comfyui_forward(small: SmallModel) -> Forward:
     def forward(group: SequenceParallelGroup | None, as_projected: bool = True) -> list[Tensor]:
         with contextlib.ExitStack() as scope:
             if group is not None:
-                scope.enter_context(sharded(model, group, AUTOMATIC, as_projected=as_projected, kept_text=kept_text))
+                scope.enter_context(sharded(model, group, as_projected=as_projected, kept_text=kept_text))
             out = model(x, timestep, context=context, attention_mask=mask, frame_rate=25.0, transformer_options={})
         return list(out) if isinstance(out, (list, tuple)) else [out]
 

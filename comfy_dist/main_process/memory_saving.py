@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 
 from rayltx.comfy_dist.wire import LoadInputs, StepInputs
-from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC, CHUNKS_OPTION
 
 _LEAST_BUDGET = 64 * 2**20  # bytes; a block or two of any model
 
@@ -32,8 +31,7 @@ class MemorySaving:
         return dataclasses.replace(inputs, weight_budget=self.weight_budget)
 
     def step(self, inputs: StepInputs) -> StepInputs:
-        options = {**inputs.changing_options, CHUNKS_OPTION: AUTOMATIC}
-        return dataclasses.replace(inputs, changing_options=options, load=self.load(inputs.load))
+        return dataclasses.replace(inputs, saves_memory=True, load=self.load(inputs.load))
 
     def __str__(self) -> str:
         return f"at most {self.weight_budget / 2**30:.2f} GiB of weights on a device and the feed-forward in chunks"

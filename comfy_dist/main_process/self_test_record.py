@@ -25,7 +25,15 @@ from rayltx.comfy_dist.wire import Difference
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker import WorkerInfo
 from rayltx.distributed_worker.worker_calls import ask, ask_together
-from rayltx.errors import RANK_LOST, OutOfMemory, RanksDisagree, RanksFailedAlike, SelfTestError, first_line
+from rayltx.errors import (
+    RANK_LOST,
+    ClusterError,
+    OutOfMemory,
+    RanksDisagree,
+    RanksFailedAlike,
+    SelfTestError,
+    first_line,
+)
 from rayltx.json_records import read_record, write_record
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -54,6 +62,7 @@ def prove_seam(
         _send_as_projected(remote, passed[key].get(_AS_PROJECTED, True))
         return
     started = time.monotonic()
+    _send_as_projected(remote, True)
     if config.world_size == 1:
         is_exact = _is_exact_alone(remote, config)
         _send_as_projected(remote, is_exact is True)
@@ -76,8 +85,9 @@ def prove_seam(
         return
     except (RanksDisagree, RanksFailedAlike) as error:  # says the same as a wrong number
         raise SelfTestError(
-            f"{about}: exact on several ranks in float32, but this model's own layers do not run there: {error}. Choose another "
-            "attention (ComfyUI's --use-pytorch-cross-attention), another weight_dtype, or one GPU"
+            f"{about}: exact on several ranks in float32, but not with this model's layers, which do not run there: "
+            f"{first_line(error)}. Choose another attention (ComfyUI's --use-pytorch-cross-attention), another weight_dtype, or "
+            "one GPU"
         ) from error
     check_differences(differences, about, spec, chooses_other_kernel(placement.comfyui_arguments))
     in_dtype = max(differences.values(), key=lambda difference: difference.error)
@@ -108,9 +118,10 @@ def _is_exact_alone(remote: RemoteModel, config: ParallelConfig) -> bool | None:
     A model for which it is not exact runs without: nothing is refused.
     """
     try:
-        errors = _ask_errors_or_told(remote, config)
-        return not wrong_cases(errors) and all(found.is_rounding for found in ask_differences(remote, config).values())
-    except (OutOfMemory, RanksDisagree, RanksFailedAlike) as error:
+        if wrong_cases(ask_errors(remote, config)):
+            return False
+        return all(found.is_rounding for found in ask_differences(remote, config).values())
+    except ClusterError as error:
         logger.info("%s", first_line(error))
         return None
 
@@ -140,8 +151,8 @@ def _ask_errors_or_told(remote: RemoteModel, config: ParallelConfig) -> dict[str
 
 
 def _send_as_projected(remote: RemoteModel, on: bool) -> None:
-    if not on:  # as it is at first
-        remote.set_up(_AS_PROJECTED, ask(ComfyHost.send_as_projected, on), "choosing how attention is sent")
+    """Also where it is so at first: the model may have been asked otherwise for other ranks."""
+    remote.set_up(_AS_PROJECTED, ask(ComfyHost.send_as_projected, on), "choosing how attention is sent")
 
 
 def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float | str]:

@@ -37,7 +37,7 @@ from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
 from rayltx.device_copies import DeviceCopies
 from rayltx.diffusion_models.lightricks.comfyui_host import replaced
 from rayltx.diffusion_models.lightricks.comfyui_rows import shared
-from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC, CHUNKS_OPTION
+from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION, SAVING, UNASKED
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.messages import Message, unpack
@@ -129,7 +129,7 @@ class ComfyModel(ComfyHost):
     def _shared(
         self, group: SequenceParallelGroup, inputs: StepInputs, options: Options, kept_text: KeptText | None = None
     ) -> AbstractContextManager[None]:
-        chunks, way = options.get(CHUNKS_OPTION, AUTOMATIC), inputs.way
+        chunks, way = options.get(CHUNKS_OPTION, SAVING if inputs.saves_memory else UNASKED), inputs.way
         return shared(self.diffusion_model, group, chunks, way.gathered, self._as_projected, way.rows_apart, kept_text)
 
     def patch_test(self, group: SequenceParallelGroup, inputs: PatchTestInputs) -> Difference | str:

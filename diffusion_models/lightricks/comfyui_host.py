@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC, chunked_feed_forward
+from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC, UNASKED, chunked_feed_forward
 from rayltx.diffusion_models.lightricks.guide_masks import self_attention_mask_of
-from rayltx.diffusion_models.lightricks.input_scales import agreed_input_scales, scales_its_input
+from rayltx.diffusion_models.lightricks.input_scales import agreed_input_scales, rounds_by_all_tokens
 from rayltx.diffusion_models.lightricks.kept_text import KeptText, is_plain
 from rayltx.diffusion_models.lightricks.projected_exchange import (
     SKIPPED,
@@ -59,7 +59,8 @@ PREFERRED = "rayltx_preferred_attention"
 
 
 _QUERIES_STAY = (AttentionRole.VIDEO_TEXT, AttentionRole.AUDIO_TO_VIDEO)  # a rank attends with its own queries alone
-_LAYERS_FROM = ("comfy", "torch", "rayltx")
+_OURS = "rayltx"
+_LAYERS_FROM = ("comfy", "torch", _OURS)
 _QUERY_BY_QUERY = ("attention_comfy_kitchen_int8",)  # of the kernels that a layer may ask for
 # In the options, where patches stand that run in the middle of blocks, and can write to what goes from one to the next.
 _PATCHES_INSIDE = ("patches", "patches_replace")
@@ -69,7 +70,7 @@ _PATCHES_INSIDE = ("patches", "patches_replace")
 def sharded(
     diffusion_model: Any,
     group: SequenceParallelGroup,
-    feed_forward_chunks: int = 1,
+    feed_forward_chunks: int = UNASKED,
     gathered: Collection[str] = (),
     as_projected: bool = True,
     scales_of: SequenceParallelGroup | None = None,
@@ -79,6 +80,7 @@ def sharded(
 
     diffusion_model: an LTXVModel or LTXAVModel. Its forward, called with whole inputs on every rank, returns the whole
     answer on rank 0, and something of the same shape elsewhere.
+    feed_forward_chunks: see `chunked`.
     gathered: modules of blocks, by name, that are shown all tokens, because a patch made them look at more than one at a
     time: attention modules and `ff`. What they compute is not shared.
     as_projected: let video self-attention that is known send each part as soon as it is projected. On one rank it holds less.
@@ -143,35 +145,46 @@ def _at_block(group: SequenceParallelGroup, *_: object) -> None:
 def chunked(diffusion_model: Any, chunks: int, whole: Collection[str] = ()) -> Iterator[None]:
     """Run the video feed-forwards in chunks of tokens within the `with`. Works on any LTX model, sharded or not.
 
-    chunks: see `chunked_feed_forward`. AUTOMATIC ones are made of feed-forwards alone that are ComfyUI's own: a patch of one may
-    look at all tokens.
-    whole: modules by name, that are called once in any case. So are those that scale their whole input.
+    chunks: a number, or AUTOMATIC, SAVING or UNASKED.
+    whole: modules by name, that are called once in any case. So are those with a layer that rounds by all tokens.
     """
     with contextlib.ExitStack() as scope:
         for number, block in enumerate(diffusion_model.transformer_blocks):
-            if (
-                chunks == 1
-                or f"transformer_blocks.{number}.ff" in whole
-                or any(map(scales_its_input, block.ff.modules()))
-            ):
+            feed_forward = getattr(block, "ff", None)  # a patch's block may have none
+            if chunks == 1 or feed_forward is None or f"transformer_blocks.{number}.ff" in whole:
                 continue
-            if chunks != AUTOMATIC or all(map(_is_untouched, block.ff.modules())):
-                in_chunks = functools.partial(_chunked_forward, block.ff.forward, chunks)
-                scope.enter_context(replaced(block.ff, "forward", in_chunks))
+            layers = list(feed_forward.modules())
+            if any(map(rounds_by_all_tokens, layers)) or (chunks < AUTOMATIC and not all(map(_is_untouched, layers))):
+                continue
+            in_chunks = functools.partial(_chunked_forward, feed_forward.forward, layers, chunks)
+            scope.enter_context(replaced(feed_forward, "forward", in_chunks))
         yield
 
 
+def _chunked_forward(
+    at_once: Callable[..., Tensor], layers: list[nn.Module], chunks: int, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    if args or kwargs or (chunks == UNASKED and any(_makes_its_weight(layer, x.device) for layer in layers)):
+        return at_once(x, *args, **kwargs)
+    return chunked_feed_forward(at_once, x, max(chunks, AUTOMATIC))
+
+
+def _makes_its_weight(layer: nn.Module, device: torch.device) -> bool:
+    """Whether each call takes long beside the product: GGUF's blocks, patches that are added at use, and copies from the host."""
+    weight = getattr(layer, "weight", None)
+    is_elsewhere = isinstance(weight, Tensor) and weight.device != device
+    names = ("block_format", "weight_function", "bias_function")
+    return is_elsewhere or any(getattr(layer, name, None) for name in names)
+
+
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether a module computes what a class of ComfyUI's, torch's or ours says. By its function's module, since a function
-    that wraps another is told to be of the other's."""
-    own, forward = module.__dict__, type(module).forward
-    is_changed = "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
-    origin = getattr(forward, "__globals__", {}).get("__name__", "")
-    return not is_changed and origin.partition(".")[0] in _LAYERS_FROM
-
-
-def _chunked_forward(at_once: Callable[[Tensor], Tensor], chunks: int, x: Tensor) -> Tensor:
-    return chunked_feed_forward(at_once, x, chunks)
+    """Whether a module computes what a class of ComfyUI's, torch's or ours says, and nobody else looks on."""
+    own = module.__dict__
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    # By where its code is: a function that wraps another says that it is from the other's module.
+    origin = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
+    is_known = origin.partition(".")[0] in _LAYERS_FROM
+    return is_known and "forward" not in own and all(type(hook).__module__.startswith(_OURS) for hook in hooks)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rayltx.diffusion_models.lightricks.comfyui_host import replaced, sharded
+from rayltx.diffusion_models.lightricks.feed_forward import UNASKED
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.sequence_parallel.batch_rows import RowShare
 from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -33,7 +34,7 @@ KINDS, NAMES = "cond_or_uncond", "uuids"  # in the options, one for as many rows
 def shared(
     diffusion_model: Any,
     group: SequenceParallelGroup,
-    feed_forward_chunks: int = 1,
+    feed_forward_chunks: int = UNASKED,
     gathered: Collection[str] = (),
     as_projected: bool = True,
     rows_apart: bool = True,

@@ -15,7 +15,10 @@ from torch import Tensor
 
 MIN_CHUNK_TOKENS = 512  # with fewer rows, matrix products take another path, and sum in another order
 CHUNK_MULTIPLE = 64
-AUTOMATIC = 0  # chunks: by the number of tokens
+# In place of a number of chunks: by the number of tokens,
+AUTOMATIC = 0  # of every feed-forward, as someone has asked for;
+SAVING = -1  # of those that no patch can look at all tokens in;
+UNASKED = -2  # and of these where no layer makes its weight anew at each call.
 AUTOMATIC_INNER_BYTES = 128 * 2**20  # 4096 tokens of LTX-2 in bfloat16, large matrices still
 # The key in ComfyUI's transformer options under which a model says in how many chunks.
 CHUNKS_OPTION = "rayltx_feed_forward_chunks"
@@ -28,7 +31,7 @@ def chunk_tokens(num_tokens: int, chunks: int) -> int:
 
 
 def automatic_chunks(num_tokens: int, width: int, element_bytes: int) -> int:
-    """As few chunks as keep the inner activation of one batch element under 128 MiB."""
+    """As few chunks as keep the inner activation under 128 MiB. width: times the rows of the batch."""
     return max(1, -(-num_tokens * 4 * width * element_bytes // AUTOMATIC_INNER_BYTES))
 
 
@@ -45,7 +48,9 @@ def chunked_feed_forward(feed_forward: Callable[[Tensor], Tensor], x: Tensor, ch
     if chunks == 1 or length >= num_tokens:
         return feed_forward(x)
     out = torch.empty_like(x)
-    for start in range(0, num_tokens, length):
+    last = max(1, num_tokens // length) - 1  # what is left of less than a chunk goes with the last
+    for number in range(last + 1):
+        tokens = slice(number * length, num_tokens if number == last else (number + 1) * length)
         # Contiguous: of a strided batch, torch adds the bias in a step of its own, and rounds once more.
-        out[:, start : start + length] = feed_forward(x[:, start : start + length].contiguous())
+        out[:, tokens] = feed_forward(x[:, tokens].contiguous())
     return out

@@ -32,14 +32,18 @@ def agreed_input_scales(model: nn.Module, group: SequenceParallelGroup) -> Itera
         if group.world is not None:
             agreement = _Agreement(group.world)
             for layer in model.modules():
-                if scales_its_input(layer):
+                if _scales_its_input(layer):
                     scope.callback(layer.register_forward_pre_hook(agreement.give_scale).remove)
                     scope.callback(layer.__dict__.pop, "input_scale", None)
         yield
 
 
-def scales_its_input(layer: nn.Module) -> bool:
-    """Whether all of its input counts for how each value is rounded: it cannot be called with some tokens at a time."""
+def rounds_by_all_tokens(layer: nn.Module) -> bool:
+    """Whether all of its input counts for how each value of it is rounded: it cannot be called with some tokens at a time."""
+    return _scales_its_input(layer) and _quantises(layer)
+
+
+def _scales_its_input(layer: nn.Module) -> bool:
     # By the instance's own attributes: this is asked of every module at every step.
     return layer.__dict__.get("layout_type") == _LAYOUT and getattr(layer, "input_scale", None) is None
 

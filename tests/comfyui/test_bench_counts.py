@@ -9,8 +9,5 @@ pytestmark = pytest.mark.comfyui
 
 def test_a_layer_of_comfyuis_costs_no_more(comfy):
     layers = counted("--comfyui", find_comfyui())
-    check(layers)
-    assert layers[1]["peak_bytes"] <= 0.75 * layers[1]["plain_peak_bytes"], (
-        "without chunks and attention as it is projected"
-    )
+    check(layers, {1: 0.68, 2: 0.46, 4: 0.27})
     assert any(line.startswith(("sequence_parallel/", "diffusion_models/")) for line in layers[2]["held_at_peak"])

@@ -10,8 +10,10 @@ import torch
 from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rayltx.diffusion_models.lightricks.feed_forward import SAVING, UNASKED
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
 from rayltx.errors import InputError
+from rayltx.sequence_parallel.group import SequenceParallelGroup
 
 pytestmark = pytest.mark.comfyui
 CHUNKS = 4
@@ -107,6 +109,12 @@ class Doubled(torch.nn.Module):
         return 2 * self.layer(x)
 
 
+def our_hook():
+    from rayltx.comfy_dist.worker_process.low_rank_patches import LowRankAtUse
+
+    return LowRankAtUse([], [], torch.device("cpu"))
+
+
 def of_a_pack(original):
     @functools.wraps(original)
     def forward(self, x):
@@ -120,6 +128,8 @@ CHANGES = {
     "a forward": lambda ff, patch: patch.setattr(ff, "forward", ff.forward, raising=False),
     "a layer's forward": lambda ff, patch: patch.setattr(ff.net[2], "forward", ff.net[2].forward),
     "a hook": lambda ff, patch: ff.net[0].register_forward_hook(lambda *args: None),
+    "a hook of ours": lambda ff, patch: ff.net[2].register_forward_hook(our_hook()),
+    "a patch at use": lambda ff, patch: patch.setattr(ff.net[2], "weight_function", [lambda weight: weight]),
     "a layer": lambda ff, patch: patch.setitem(ff.net[0]._modules, "proj", Doubled(ff.net[0].proj)),
     "the class's forward": lambda ff, patch: patch.setattr(type(ff), "forward", of_a_pack(type(ff).forward)),
     "a scale for all tokens": lambda ff, patch: patch.setattr(
@@ -128,9 +138,10 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("chunks", [SAVING, UNASKED])
 @pytest.mark.parametrize("change", list(CHANGES))
 @pytest.mark.parametrize("model", ["LTX-2.3"], indirect=True)
-def test_left_to_choose_it_is_in_chunks_where_nobody_looks_at_all_tokens(model, change, monkeypatch):
+def test_unasked_it_is_in_chunks_where_nobody_looks_at_all_tokens(model, change, chunks, monkeypatch):
     from rayltx.diffusion_models.lightricks import feed_forward
     from rayltx.diffusion_models.lightricks.comfyui_host import chunked
 
@@ -142,16 +153,47 @@ def test_left_to_choose_it_is_in_chunks_where_nobody_looks_at_all_tokens(model, 
     CHANGES[change](ff, monkeypatch)
     with torch.inference_mode():
         expected = ff(x)
-        with chunked(model[0].model.diffusion_model, feed_forward.AUTOMATIC):
+        with chunked(model[0].model.diffusion_model, chunks):
             # Too late to count.
             ff.net[0].proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
             found = ff(x)
     assert relative_error(found, expected) <= TOLERANCE
-    assert seen == ([512, 512, 476] if change == "nothing" else [1500])
+    in_chunks = {"nothing", "a hook of ours", *(["a patch at use"] if chunks == SAVING else [])}
+    assert seen == ([512, 988] if change in in_chunks else [1500])
+    seen.clear()
+    with torch.inference_mode(), chunked(model[0].model.diffusion_model, 3):
+        ff(x)
+    assert seen == ([1500] if change == "a scale for all tokens" else [512, 988]), "asked for"
     seen.clear()
     with torch.inference_mode(), chunked(model[0].model.diffusion_model, 3, ["transformer_blocks.0.ff"]):
         ff(x)
     assert seen == [1500], "shown all tokens, whatever was asked for"
+
+
+@pytest.mark.parametrize("saves_memory", [False, True])
+@pytest.mark.parametrize("model", ["LTX-2.3"], indirect=True)
+def test_a_worker_does_so_by_itself(comfy, model, saves_memory, monkeypatch):
+    """And the answer is that of the whole; after a lack of memory where a patch makes a weight anew, too."""
+    from rayltx.comfy_dist.self_test import Case, call
+    from rayltx.diffusion_models.lightricks import feed_forward
+    from rayltx.diffusion_models.lightricks.comfyui_rows import shared
+
+    model = model[0].model.diffusion_model
+    monkeypatch.setattr(feed_forward, "MIN_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(feed_forward, "CHUNK_MULTIPLE", 1)
+    monkeypatch.setattr(feed_forward, "AUTOMATIC_INNER_BYTES", 4 * 15 * model.inner_dim * 4)
+    ff, seen = model.transformer_blocks[0].ff, []
+    monkeypatch.setattr(model.transformer_blocks[1].ff.net[2], "weight_function", [lambda weight: weight])
+    chunks = {"feed_forward_chunks": SAVING} if saves_memory else {}
+    with torch.inference_mode():
+        expected = call(model, Case("text to video"), torch.device("cpu"))
+        with shared(model, SequenceParallelGroup.single(), **chunks):
+            for block in model.transformer_blocks[:2]:
+                block.ff.net[0].proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+            found = call(model, Case("text to video"), torch.device("cpu"))
+    assert max(map(relative_error, found, expected)) <= TOLERANCE
+    assert seen == [15, 15, 15, *([15, 15, 15] if saves_memory else [45])]
+    assert "forward" not in vars(ff)
 
 
 def test_a_model_that_is_not_ltx(comfy):
