@@ -48,7 +48,7 @@ _NODES = {
     TensorParallelV3Node: "Tensor Parallel V3 (Safe FFN Chunking)",
     TensorParallelAttentionV2: "Tensor Parallel V2 + Chunked FFN",
     TensorParallelV5Node: "Tensor Parallel V5 (Sequence Parallel + Ring Attention)",
-    RayKill: "End the workers (Kill Ray)",
+    RayKill: "Kill Ray",
 }
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: name for node, name in _NODES.items()}
