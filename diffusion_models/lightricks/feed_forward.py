@@ -48,9 +48,10 @@ def chunked_feed_forward(feed_forward: Callable[[Tensor], Tensor], x: Tensor, ch
     if chunks == 1 or length >= num_tokens:
         return feed_forward(x)
     out = torch.empty_like(x)
-    last = max(1, num_tokens // length) - 1  # what is left of less than a chunk goes with the last
-    for number in range(last + 1):
-        tokens = slice(number * length, num_tokens if number == last else (number + 1) * length)
+    count, rest = divmod(num_tokens, length)
+    count += rest >= MIN_CHUNK_TOKENS  # fewer go with the last
+    for number in range(count):
+        tokens = slice(number * length, num_tokens if number == count - 1 else (number + 1) * length)
         # Contiguous: of a strided batch, torch adds the bias in a step of its own, and rounds once more.
         out[:, tokens] = feed_forward(x[:, tokens].contiguous())
     return out

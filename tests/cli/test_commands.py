@@ -75,6 +75,7 @@ def test_info_says_what_a_file_is(tmp_path):
         assert words in done.stdout, (words, done.stdout)
 
 
+@pytest.mark.slow
 def test_check_prints_the_table():
     done = rayltx("check", "--workers", 2, "--model", "LTX-Video", "--device", "cpu")
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ SHORT_S = 8.0  # of one that hangs
 POINTS = [*points_of(Worker), *points_of(ScalingHost)]
 KINDS = [(kind, BEGIN) for kind in (RAISE, EXIT, HANG)] + [(kind, END) for kind in (RAISE, EXIT)]
 IN_SHORT = [
-    *((RAISE, BEGIN, point) for point in ("Worker.take_portions", "Worker.join", "Worker.call_host", HOST_FORWARD)),
+    *((RAISE, BEGIN, point) for point in ("Worker.take_portions", "Worker.call_host", HOST_FORWARD)),
     (EXIT, BEGIN, "Worker.take_portions"),
     (EXIT, END, HOST_FORWARD),
 ]

@@ -13,8 +13,6 @@ sys.path.append(str(TESTS.parent / "scripts"))
 from fault_cases import CASES  # noqa: E402
 from fault_subject import Bench, NotTriedHere  # noqa: E402
 
-IN_SHORT = ("a loaded file is cut; then SIGKILL of rank 1",)
-
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
@@ -25,9 +23,8 @@ def bench(tmp_path_factory):
         bench.close()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name.startswith(IN_SHORT) else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_answers_are_equal_and_nothing_is_left(bench, name):
     try:
         tried = CASES[name](bench)

@@ -82,6 +82,7 @@ def test_without_another_way_the_error_says_what_arrived(request_for, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 def test_too_little_shared_memory_is_told_from_a_bad_link(request_for, with_peer_to_peer, caplog):
     with (
         Cluster.start(request_for("shared memory")) as cluster,

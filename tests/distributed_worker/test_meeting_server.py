@@ -70,6 +70,7 @@ def _meet(rank, place, group, folder):
     torch.save(total, f"{folder}/{rank}")
 
 
+@pytest.mark.slow
 def test_a_group_and_groups_within_it_are_formed_there(server, tmp_path):
     mp.spawn(_meet, (server.place, server.begin_group(), str(tmp_path)), nprocs=3)
     assert [torch.load(tmp_path / str(rank)).item() for rank in range(3)] == [6.0, 3.0, 6.0]

@@ -42,6 +42,7 @@ def calls(numbers, made=None, seconds=0.0):
         yield ask(FailingHost.doubled, torch.full((300, 300), float(number)), seconds)
 
 
+@pytest.mark.slow
 def test_answers_are_in_the_calls_order(remote):
     assert [float(answer[0, 0]) for answer in remote.spread(calls(range(7)), "doubling")] == [2.0 * n for n in range(7)]
     assert list(remote.spread(calls(()), "nothing")) == []

@@ -118,7 +118,8 @@ def test_chunked_feed_forward_is_the_same(dtype, chunks):
     with torch.inference_mode():
         out = chunked_feed_forward(layers, x, chunks)
         length = chunk_tokens(2100, chunks)
-        assert len(calls) == 2100 // length and sum(calls) == 2100 and min(calls) == length
+        rest = 2100 % length
+        assert len(calls) == 2100 // length + (rest >= 512) and sum(calls) == 2100 and min(calls) >= 512
         assert torch.equal(out, layers(x))
 
 
