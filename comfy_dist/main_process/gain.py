@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from rayltx.comfy_dist.comfy_types import DiffusionModel
+from rayltx.comfy_dist.main_process.memory_estimate import Replicated
 from rayltx.comfy_dist.model_spec import has_audio
+from rayltx.diffusion_models.lightricks.comfyui_rows import batch_of
 from rayltx.diffusion_models.lightricks.step_cost import ModelShape, StepCost
 from rayltx.sequence_parallel.first_exchange import ExchangeReport
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -45,9 +47,7 @@ class Gain:
         self._seen[kind] += 1
         if self._seen[kind] != _LOOKED_AT:
             return
-        tokens = streams[0][0, 0].numel()
-        audio_tokens = streams[1].shape[2] if len(streams) > 1 else 0
-        rows = streams[0].shape[0]
+        tokens, audio_tokens, rows = streams[0][0, 0].numel(), Replicated.of(x, None).audio_tokens, batch_of(x)
         shape = shape_of(model)
         shared, alone = (
             StepCost.of(shape, tokens, audio_tokens, each, rows, True) for each in (config, ParallelConfig())

@@ -65,10 +65,10 @@ def prove_seam(
     _send_as_projected(remote, True)
     if config.world_size == 1:
         is_exact = _is_exact_alone(remote, config)
-        _send_as_projected(remote, is_exact is True)
         if is_exact is not None:
             _remember(passed, key, {"about": about, "world_size": 1, _AS_PROJECTED: is_exact})
         if not is_exact:
+            _send_as_projected(remote, False)
             logger.info(
                 "%s: self-attention stays as ComfyUI has it, which holds more than another that was tried", about
             )
