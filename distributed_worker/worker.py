@@ -272,12 +272,14 @@ class Worker:
         arguments: Message,
         control: RankControl | None = None,
         from_all: bool = False,
+        alone: bool = False,
     ) -> Message | None:
         """Call a method of a host that takes the group first. Returns rank 0's result, or each rank's. Raises what it raises.
 
         User errors are raised alike on every rank, before anything is exchanged, and leave the group whole; so does a cancel.
+        alone: this worker is a group of one for this call, whatever group it is in; the others are not asked.
         """
-        group, watch = self._group, self._watch
+        group, watch = (SequenceParallelGroup.single(), None) if alone else (self._group, self._watch)
         assert group is not None, "no process group"
         if control is not None:
             pace, rank = Pace(self._device), group.rank
@@ -301,7 +303,8 @@ class Worker:
                 control.abort()
             if watch is not None:
                 watch.tell()
-            self.leave(after_failure=True)
+            if not alone:
+                self.leave(after_failure=True)
             raise
         finally:
             if watch is not None:

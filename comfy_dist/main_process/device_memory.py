@@ -88,6 +88,12 @@ class DeviceMemory:
         config = self._model.placement.config
         return bytes_of_sharing(self._model.base_model.diffusion_model, shape, config, element_bytes, self.replicated)
 
+    def has_room_for_whole(self) -> bool:
+        """Whether one rank can take what is sampled alone, by ComfyUI's estimate."""
+        share = self._model.placement.config.largest_share
+        of_a_rank = self._model.base_model.memory_required(self.latent_shape) - self.bytes_of_sharing(self.latent_shape)
+        return of_a_rank / share <= self.free_bytes()
+
     def put_on_devices(self) -> None:
         """Before a run, as ComfyUI does with a model of its own: what is free next to the weights is known then."""
         self._run, self._saving, self._free = self._run + 1, None, None

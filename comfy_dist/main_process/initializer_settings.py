@@ -103,7 +103,8 @@ class InitializerSettings:
             machine_record=str(user_folder() / "machine.json"),
         )
         check_machine(request)
-        return Placement(request, config, self.clear_vram_after_sampling)
+        is_open = self.ulysses_degree == 0 and not config.shares
+        return Placement(request, config, self.clear_vram_after_sampling, chooses_ranks=is_open)
 
     def _degrees(self) -> tuple[int, int, int, int]:
         """In the order of `ParallelConfig`. cfg_degree was a switch once."""

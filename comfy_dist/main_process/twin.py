@@ -115,7 +115,7 @@ class TwinPatcher(comfy.model_patcher.ModelPatcher):
 
     def with_config(self, config: ParallelConfig) -> TwinPatcher:
         """A clone whose ranks share the work otherwise. Raises ParallelConfigError for more ranks than workers."""
-        return self.placed(dataclasses.replace(self.placement, config=config))
+        return self.placed(dataclasses.replace(self.placement, config=config, chooses_ranks=False))
 
     def model_size(self) -> int:
         return self.link.memory.device_bytes(self.load_device)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-import time
 import uuid
 import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import comfy.model_management
 from torch import Tensor
 
+from rayltx.comfy_dist.comfy_environment import user_folder
 from rayltx.comfy_dist.comfy_host import ComfyHost, ModelOutput
 from rayltx.comfy_dist.comfy_types import BaseModel, DiffusionModel, Model, Options
 from rayltx.comfy_dist.containers import to_device
@@ -30,7 +31,6 @@ from rayltx.comfy_dist.main_process.forwarding import (
     register_unimportable_modules,
     remote_options,
 )
-from rayltx.comfy_dist.main_process.gain import Gain
 from rayltx.comfy_dist.main_process.in_place_changes import InPlaceChanges
 from rayltx.comfy_dist.main_process.input_checks import check_inputs, check_text_to_connect, estimated_shape
 from rayltx.comfy_dist.main_process.lora_shapes import misfits
@@ -40,7 +40,8 @@ from rayltx.comfy_dist.main_process.module_snapshot import QuickState
 from rayltx.comfy_dist.main_process.option_state import OptionState
 from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
-from rayltx.comfy_dist.main_process.self_test_record import prove_seam
+from rayltx.comfy_dist.main_process.rank_choice import RankChoice, StepKind
+from rayltx.comfy_dist.main_process.self_test_record import dtype_name, prove_seam
 from rayltx.comfy_dist.main_process.sent_hooks import SentHooks
 from rayltx.comfy_dist.self_test import Case, case_like
 from rayltx.comfy_dist.wire import (
@@ -96,7 +97,7 @@ class WorkerLink:
         self._options_state: OptionState | None = None
         self.hooks = SentHooks(remote)
         self.memory = DeviceMemory(self)
-        self._gain = Gain()
+        self._rank_choice = RankChoice(user_folder() / "rank_choice.json")
 
     @property
     def base_model(self) -> BaseModel:
@@ -219,20 +220,37 @@ class WorkerLink:
             inputs = dataclasses.replace(inputs, hooks_key=self.hooks.key_of(patcher))
 
         def step(saving: MemorySaving | None) -> ModelOutput:
-            call = ask_together(ComfyHost.forward, inputs if saving is None else saving.step(inputs))
-            started = time.monotonic()
-            out = self.remote.call_together(call, self.placement.config, poll=raise_if_cancelled)
-            assert out is not None, "rank 0 answers"
-            link = self.cluster.group.link_report
-            if link is not None and not self.placement.request.on_cpu:  # workers on the CPU share its cores
-                element_bytes = self.spec.compute_dtype.itemsize
-                taken_s = time.monotonic() - started
-                self._gain.after_step(model, x, self.placement.config, link.exchange, element_bytes, taken_s)
-            return out
+            def compute(alone: bool) -> ModelOutput:
+                sent = inputs if saving is None else saving.step(inputs)
+                sent = dataclasses.replace(sent, alone=True, way=Way()) if alone else sent
+                call = ask_together(ComfyHost.forward, sent)
+                out = self.remote.call_together(call, self.placement.config, poll=raise_if_cancelled, alone=alone)
+                assert out is not None, "rank 0 answers"
+                return out
+
+            return compute(False) if saving is not None else self._by_best_ranks(model, x, kept, compute)
 
         out = self.memory.within(step)
         device = (x[0] if isinstance(x, (list, tuple)) else x).device
         return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
+
+    def _by_best_ranks(
+        self, model: DiffusionModel, x: Any, options: Options, compute: Callable[[bool], ModelOutput]
+    ) -> ModelOutput:
+        """A step by one rank (True) or by all. x: as the model's forward takes it."""
+        link, config = self.cluster.group.link_report, self.placement.config
+        if link is None or config.world_size == 1 or self.placement.request.on_cpu:
+            return compute(False)  # workers on the CPU share its cores
+        name = f"{self.spec.model_version} of {', '.join(self.spec.weight_kinds)} in {dtype_name(self.spec)}"
+        devices = [worker.device_description for worker in self.cluster.workers()[: config.world_size]]
+        kind = StepKind.of(name, model, x, config, devices)
+        element_bytes = self.spec.compute_dtype.itemsize
+        if not self.placement.chooses_ranks:
+            return self._rank_choice.step_of_all(kind, link.exchange, element_bytes, compute)
+        # Code of a patch may count its calls.
+        has_code = self._sent_patches is None or bool(names_of_patches(self._sent_patches, options))
+        may_try = not has_code and self.memory.has_room_for_whole()
+        return self._rank_choice.step(kind, link.exchange, element_bytes, compute, may_try)
 
     def _with_proved_patches(self, inputs: StepInputs, options: Options) -> StepInputs:
         """The same with how it is shared. Raises UnsupportedError for patches that cannot be shared."""

@@ -130,7 +130,8 @@ class ComfyModel(ComfyHost):
         self, group: SequenceParallelGroup, inputs: StepInputs, options: Options, kept_text: KeptText | None = None
     ) -> AbstractContextManager[None]:
         chunks, way = options.get(CHUNKS_OPTION, SAVING if inputs.saves_memory else UNASKED), inputs.way
-        return shared(self.diffusion_model, group, chunks, way.gathered, self._as_projected, way.rows_apart, kept_text)
+        as_projected = self._as_projected and not inputs.alone
+        return shared(self.diffusion_model, group, chunks, way.gathered, as_projected, way.rows_apart, kept_text)
 
     def patch_test(self, group: SequenceParallelGroup, inputs: PatchTestInputs) -> Difference | str:
         step, case = inputs.step, inputs.case

@@ -98,3 +98,11 @@ class StepCost:
         """
         computing, exchanging = self.flops / flops_per_s, self.received_elements / elements_per_s
         return computing + exchanging - hidden * min(exchanging, _HIDING * computing) + self.collectives * small_s
+
+
+def computing_s(seconds: float, exchanging_s: float, hidden: float) -> float:
+    """What of a step's seconds its rank computes, if the exchange takes so many: the inverse of `StepCost.seconds`."""
+    computing = seconds - (1 - hidden) * exchanging_s
+    if exchanging_s > _HIDING * computing:  # more than goes on behind it
+        computing = (seconds - exchanging_s) / (1 - hidden * _HIDING)
+    return max(0.0, computing)

@@ -21,9 +21,10 @@ from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untou
 from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.driver import link
+from rayltx.distributed_worker.host import Host
 from rayltx.distributed_worker.messages import dump_call
 from rayltx.distributed_worker.request import ClusterRequest
-from rayltx.distributed_worker.worker_calls import ask
+from rayltx.distributed_worker.worker_calls import ask, ask_together
 from rayltx.errors import InputError, OutOfMemory, ParallelConfigError, RanksFailedAlike, UnsupportedError, WorkerStuck
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -151,6 +152,19 @@ def test_a_rank_that_fails_alone_costs_the_step_and_nothing_else(cluster, loaded
     now = [info.pid for info in cluster.workers()]
     assert sum(pid not in pids for pid in now) == replaced
     assert remote.digest() == digest, "a write by one worker reached the others"
+
+
+@pytest.mark.parametrize("kind, replaced", [("exit", 1), ("write", 1), (None, 0)])
+def test_one_rank_computes_alone_and_the_group_of_all_stays(cluster, loaded, tmp_path, kind, replaced):
+    remote, inputs, reference = loaded
+    config = ParallelConfig(3, 1)
+    assert worst_error(remote.forward(inputs, config), reference) < 2e-6
+    pids = [info.pid for info in cluster.workers()]
+    fail = {**inputs, "fail": (kind, 0, str(tmp_path / "failed"))}
+    answer = remote.call_together(ask_together(Host.forward, fail), config, alone=True)
+    assert worst_error(answer, reference) < 2e-6
+    assert sum(info.pid not in pids for info in cluster.workers()) == replaced
+    assert worst_error(remote.forward(inputs, config), reference) < 2e-6
 
 
 @pytest.mark.parametrize("rank", [0, 1])

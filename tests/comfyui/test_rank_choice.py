@@ -1,0 +1,210 @@
+"""Whether one GPU takes a step alone: what is tried, what is remembered, and what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+
+import comfy_scenarios as scenarios
+import pytest
+import torch
+from comfy_models import CONFIGS, model_class, save_tiny_checkpoint
+
+from rayltx.distributed_worker.request import ClusterRequest
+from rayltx.errors import OutOfMemory
+from rayltx.sequence_parallel.first_exchange import ExchangeReport
+from rayltx.sequence_parallel.partition import ParallelConfig
+
+pytestmark = pytest.mark.comfyui
+FAST, SLOW = ExchangeReport(50e9, 2e-5), ExchangeReport(2e9, 5e-4)
+CONFIG = ParallelConfig(4)
+SHARED_S = 3.0
+
+
+@pytest.fixture
+def kind(comfy):
+    """A step of 121 frames of 1280x704 on four GPUs."""
+    import comfy.ops
+
+    from rayltx.comfy_dist.main_process.rank_choice import StepKind
+
+    with torch.device("meta"):
+        config = {**CONFIGS["LTX-2"], "num_layers": 48}
+        model = model_class("LTX-2")(**config, operations=comfy.ops.disable_weight_init)
+        x = [torch.empty(1, 128, 16, 22, 40), torch.empty(1, 8, 126, 16)]
+    # Of the real width, without its layers.
+    model.inner_dim, model.audio_inner_dim, model.num_attention_heads = 4096, 2048, 32
+    return StepKind.of("LTX-2 in bfloat16", model, x, CONFIG, ("a card",) * 4)
+
+
+class Steps:
+    """What computes a step, on a clock of its own. asked: of each call, whether one rank was to do it alone."""
+
+    def __init__(self, monkeypatch, alone_s, shared_s=SHARED_S, fits=True):
+        from rayltx.comfy_dist.main_process import rank_choice
+
+        self.alone_s, self.shared_s, self.fits, self.now, self.asked = alone_s, shared_s, fits, 0.0, []
+        monkeypatch.setattr(rank_choice.time, "monotonic", lambda: self.now)
+
+    def __call__(self, alone):
+        self.asked.append(alone)
+        if alone and not self.fits:
+            raise OutOfMemory("rank 0 of 1 ran out of memory")
+        first = self.asked.count(alone) == 1
+        self.now += (self.alone_s if alone else self.shared_s) * (3 if first else 1)  # the first has more to do
+        return "by one" if alone else "by all"
+
+
+@pytest.fixture
+def choice(comfy, tmp_path):
+    from rayltx.comfy_dist.main_process.rank_choice import RankChoice
+
+    return lambda: RankChoice(tmp_path / "rank_choice.json")
+
+
+@pytest.mark.parametrize("alone_s, chosen", [(2.0, True), (5.0, False)])
+def test_the_faster_way_is_taken_from_the_first_step_on_and_remembered(
+    kind, choice, monkeypatch, caplog, alone_s, chosen
+):
+    steps = Steps(monkeypatch, alone_s)
+    answer = "by one" if chosen else "by all"
+    with caplog.at_level(logging.INFO, "rayltx"):
+        first = choice()
+        assert [first.step(kind, SLOW, 2, steps, may_try=True) for _ in range(3)] == [answer] * 3
+    assert steps.asked == [False, False, True, True, chosen, chosen]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"{alone_s:.3f} s on one GPU and {SHARED_S:.3f} s on 4" in said and "14080 video tokens" in said
+    assert said.count("videos of this size run on one." if chosen else "videos of this size run on all 4.") == 1
+    # In another process, and where a patch forbids to try.
+    for may_try in (True, False):
+        assert choice().step(kind, SLOW, 2, steps, may_try=may_try) == answer
+    assert steps.asked[6:] == [chosen, chosen]
+    other = dataclasses.replace(kind, devices=("another card",) * 4)
+    assert choice().step(other, SLOW, 2, steps, may_try=False) == "by all" and steps.asked[8:] == [False]
+
+
+@pytest.mark.parametrize("exchange, shared_s, calls", [(FAST, SHARED_S, 1), (SLOW, 30.0, 1), (SLOW, 6.0, 2)])
+def test_one_rank_is_not_tried_where_it_cannot_be_faster(kind, choice, monkeypatch, exchange, shared_s, calls):
+    """By counting alone, or by a second step, which does not do what a first one does."""
+    steps, ours = Steps(monkeypatch, 1.0, shared_s), choice()
+    assert ours.step(kind, exchange, 2, steps, may_try=True) == "by all"
+    assert steps.asked == [False] * calls
+    assert ours.step(kind, exchange, 2, steps, may_try=True) == "by all" and len(steps.asked) == calls + 1
+
+
+def test_a_step_that_does_not_fit_one_rank_stays_with_all(kind, choice, monkeypatch):
+    steps, ours = Steps(monkeypatch, 1.0, fits=False), choice()
+    assert [ours.step(kind, SLOW, 2, steps, may_try=True) for _ in range(2)] == ["by all"] * 2
+    assert steps.asked == [False, False, True, False]
+
+
+def test_what_is_counted_of_a_step(kind):
+    """What `rayltx plan` counts: 83 MiB of each of 48 blocks at 2 GB/s, and as many exchanges of half a millisecond."""
+    link_s = kind.link_s(SLOW, 2)
+    assert link_s == pytest.approx(48 * 83.62 * 2**20 / 2e9 + 18 * 48 * 5e-4, rel=0.02)
+    assert kind.alone_s(SHARED_S, link_s, hidden=0.0) == pytest.approx(4 * (SHARED_S - link_s), rel=0.02)
+    assert kind.alone_s(SHARED_S, link_s, hidden=0.8) > kind.alone_s(SHARED_S, link_s, hidden=0.0)
+
+
+def test_where_degrees_were_chosen_it_is_told_once(kind, choice, monkeypatch, caplog):
+    link_s = kind.link_s(SLOW, 2)
+    for shared_s, told in ((1.1 * link_s, 1), (2.5 * link_s, 0)):
+        caplog.clear()
+        steps, ours = Steps(monkeypatch, 1.0, shared_s), choice()
+        with caplog.at_level(logging.WARNING, "rayltx"):
+            assert {ours.step_of_all(kind, SLOW, 2, steps) for _ in range(4)} == {"by all"}
+        assert steps.asked == [False] * 4
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == told
+        if told:
+            (alone_s,) = (float(number) for number in re.findall(r"one GPU would take about ([\d.]+) s", said[0]))
+            assert alone_s < shared_s and "on 4 GPUs" in said[0]
+
+
+class SpiedCalls:
+    """The calls of a twin's model, as on GPUs: its workers on the CPU are said to be none, and the link to be slow."""
+
+    def __init__(self, monkeypatch, twin):
+        from rayltx.comfy_dist.main_process import rank_choice
+
+        self.alone = []
+        remote = twin.link.remote
+        monkeypatch.setattr(ClusterRequest, "on_cpu", False)
+        monkeypatch.setattr(rank_choice.StepKind, "link_s", lambda *_: 1e9)
+        call_together = remote.call_together
+
+        def spy(call, *args, alone=False, **kwargs):
+            if call.method == "forward":
+                self.alone.append(alone)
+            return call_together(call, *args, alone=alone, **kwargs)
+
+        monkeypatch.setattr(remote, "call_together", spy)
+
+
+@pytest.fixture
+def loaded(cluster, tmp_path, monkeypatch):
+    """loaded(version) -> (a MODEL of ComfyUI's loader, one on two workers that may choose), with a record of their own."""
+    from rayltx.comfy_dist.main_process import worker_link
+    from rayltx.comfy_dist.main_process.placement import Placement
+    from rayltx.comfy_dist.main_process.twin import load_twin
+
+    monkeypatch.setattr(worker_link, "user_folder", lambda: tmp_path)
+    twins = []
+
+    def load(version, **placement):
+        import comfy.sd
+
+        path = str(tmp_path / f"{version}.safetensors")
+        save_tiny_checkpoint(path, version)
+        placement = Placement(cluster.request, ParallelConfig(2), **{"chooses_ranks": True, **placement})
+        twins.append(load_twin(path, placement))
+        return comfy.sd.load_diffusion_model(path), twins[-1]
+
+    with torch.inference_mode():
+        yield load
+    for twin in twins:
+        twin.link.remote.release()
+
+
+@pytest.mark.parametrize("version", ["LTX-Video", "LTX-2.3"])
+def test_a_run_by_one_rank_is_comfyuis_bit_for_bit(loaded, monkeypatch, version):
+    """Every step, for what one rank computes alone is ComfyUI's model as it is."""
+    plain, twin = loaded(version)
+    ways = SpiedCalls(monkeypatch, twin)
+    # The clock says that one is faster, whatever this machine is doing.
+    monkeypatch.setattr(
+        "rayltx.comfy_dist.main_process.rank_choice._timed", lambda compute, alone: (compute(alone), 2.0 - alone)
+    )
+    expected, found = (
+        scenarios.tensors_of(scenarios.euler(model, version, CONFIGS[version])) for model in (plain, twin)
+    )
+    assert ways.alone[:4] == [False, False, True, True] and all(ways.alone[4:]) and len(ways.alone) > 4
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    # Several ranks are as before: their group was not touched.
+    group = twin.link.cluster.group
+    assert group.config == ParallelConfig(2) and not group.is_broken
+
+
+def test_code_of_a_patch_is_not_called_more_often_than_it_would_be(loaded, monkeypatch):
+    """It may count its calls."""
+    _, twin = loaded("LTX-Video")
+    ways = SpiedCalls(monkeypatch, twin)
+    scenarios.object_patch_inside(twin, "LTX-Video", CONFIGS["LTX-Video"])
+    assert ways.alone and not any(ways.alone)
+
+
+def test_ranks_that_a_user_has_chosen_all_work(loaded, monkeypatch):
+    _, twin = loaded("LTX-Video", chooses_ranks=False)
+    ways = SpiedCalls(monkeypatch, twin)
+    scenarios.euler(twin, "LTX-Video", CONFIGS["LTX-Video"])
+    assert ways.alone and not any(ways.alone)
+
+
+def test_workers_on_the_cpu_are_not_timed(loaded, monkeypatch):
+    """They share its cores."""
+    _, twin = loaded("LTX-Video")
+    ways = SpiedCalls(monkeypatch, twin)
+    monkeypatch.setattr(ClusterRequest, "on_cpu", True)
+    scenarios.euler(twin, "LTX-Video", CONFIGS["LTX-Video"])
+    assert ways.alone and not any(ways.alone)
