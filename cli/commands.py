@@ -31,6 +31,8 @@ from rayltx.cli.option_types import (
 if TYPE_CHECKING:
     from rayltx.cli.cluster_options import ClusterOptions
 
+_CFG, _DEMO_CFG = 3.0, 1.5
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -88,7 +90,12 @@ def generate(
     frame_rate: Annotated[float, typer.Option(help="Frames per second.")] = 24.0,
     steps: Annotated[int, typer.Option(help="Sampling steps on LTX's own schedule.")] = 20,
     sigmas: Annotated[str | None, typer.Option(help='Sigmas instead of steps: "1,0.7,0.3,0".')] = None,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none.")] = 3.0,
+    cfg: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1: none. 3 without, and 1.5 for the demo's model.")
+    ] = None,
+    stochastic: Annotated[
+        bool | None, typer.Option(help="New noise in each step. Without: for the demo's model.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     workers: Workers = 0,
     ulysses: UlyssesOption = 0,
@@ -112,11 +119,16 @@ def generate(
     from rayltx.cli.generate import run_generate
     from rayltx.cli.generate_options import GenerateOptions
 
+    # The demo's small model is less sure of itself: with the same noise all the way down its outlines wobble.
+    is_demo = checkpoint is None
+    cfg = (_DEMO_CFG if is_demo else _CFG) if cfg is None else cfg
+    stochastic = is_demo if stochastic is None else stochastic
     run_generate(
         GenerateOptions(
             checkpoint=checkpoint, prompt=prompt, negative=negative, conditioning=conditioning,
             text_encoders=text_encoder or [], vae=vae, audio_vae=audio_vae, width=width, height=height, frames=frames,
-            frame_rate=frame_rate, steps=steps, sigmas=sigmas, cfg=cfg, seed=seed, chunks=chunks, dtype=dtype.value,
+            frame_rate=frame_rate, steps=steps, sigmas=sigmas, cfg=cfg, stochastic=stochastic, seed=seed, chunks=chunks,
+            dtype=dtype.value,
             outputs=output or [Path("output/rayltx.mp4")], verify=verify, comfyui=comfyui,
             cluster=_cluster_options(
                 workers, device, gpus, address, object_store_gb, (ulysses, ring, cfg_degree or (0 if cfg != 1.0 else 1)), shares

@@ -75,5 +75,6 @@ def _about(options: GenerateOptions, demo: bool) -> dict[str, str]:
         **({"negative": options.negative} if options.negative else {}),
         "seed": str(options.seed),
         "cfg": str(options.cfg),
+        **({"stochastic": "true"} if options.stochastic else {}),
         "frame_rate": str(options.frame_rate),
     }

@@ -88,7 +88,14 @@ def generate_in_comfyui(
 
         def sample_on(config: ParallelConfig, on_step: OnStep) -> dict[str, Tensor]:
             return sample_with_comfyui(
-                twin.with_config(config), noise, sigmas, positive, negative, options.cfg, on_step
+                twin.with_config(config),
+                noise,
+                sigmas,
+                positive,
+                negative,
+                options.cfg,
+                on_step,
+                options.stochastic_seed,
             )
 
         latents = sample_and_compare(sample_on, config, shape, len(sigmas) - 1, options.verify, stages)

@@ -70,7 +70,8 @@ def generate_on_diffusers(
 
         def sample_on(config: ParallelConfig, on_step: OnStep) -> dict[str, Tensor]:
             forward = functools.partial(remote.forward, config=config)
-            return sample(forward, noise, sigmas, *both, options.cfg, on_step, config.row_groups > 1)
+            in_one_batch = config.row_groups > 1
+            return sample(forward, noise, sigmas, *both, options.cfg, on_step, in_one_batch, options.stochastic_seed)
 
         latents = sample_and_compare(sample_on, config, shape, len(sigmas) - 1, options.verify, stages)
     made = Generated(latents, sigmas)

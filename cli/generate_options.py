@@ -38,6 +38,7 @@ class GenerateOptions:
     steps: int
     sigmas: str | None
     cfg: float
+    stochastic: bool
     seed: int
     chunks: int
     dtype: str
@@ -49,6 +50,11 @@ class GenerateOptions:
     @property
     def wants_pixels(self) -> bool:
         return any(path.suffix.lower() in PIXEL_SUFFIXES for path in self.outputs)
+
+    @property
+    def stochastic_seed(self) -> int | None:
+        """Of the noise of the steps, which is other than that which they begin with; None where they have none."""
+        return (self.seed + 1) % _SEEDS if self.stochastic else None
 
     def check(self) -> None:
         """Raises InputError for what can be no clip's, and for files that are not there or hold something else."""

@@ -237,14 +237,36 @@ class RayInitializerAdvanced(RayInitializer):
         )
 
 
-class RayKill:
+class LTXStopWorkers:
     """Ends the workers."""
+
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ()
+    FUNCTION = "stop"
+    OUTPUT_NODE = True
+    DESCRIPTION = "Ends the workers and frees their memory. A Ray model that is used later starts them again."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:  # noqa: N802
+        after = {"tooltip": "What should have finished before, of any type: the images, or the last latent."}
+        return {"required": {"after": ("*", after)}}
+
+    def stop(self, after: Any) -> tuple[()]:
+        from rayltx.comfy_dist.main_process.initializer_settings import stop_workers
+
+        stop_workers()
+        return ()
+
+
+class RayKill:
+    """The same, of Raylight's graphs."""
 
     CATEGORY = CATEGORY
     RETURN_TYPES = ()
     FUNCTION = "kill_ray"
     OUTPUT_NODE = True
-    DESCRIPTION = "Ends the workers and frees their memory. A Ray model that is used later starts them again."
+    DEPRECATED = True
+    DESCRIPTION = LTXStopWorkers.DESCRIPTION + " For graphs made with Raylight; Stop Ray Workers takes anything."
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:  # noqa: N802

@@ -88,12 +88,13 @@ def test_what_one_begins_with_is_found_by_what_it_is_for():
 
 def test_what_one_begins_with_is_listed_first_and_what_ends_everything_last():
     names = list(NODE_CLASS_MAPPINGS)
-    assert (names[0], names[-1]) == ("RayLTX", "RayKill")
+    assert (names[0], names[-1]) == ("RayLTX", "LTXStopWorkers")
 
 
 def test_nodes_for_graphs_of_other_packs_are_not_offered_for_new_ones():
     deprecated = {name for name, node in NODE_CLASS_MAPPINGS.items() if getattr(node, "DEPRECATED", False)}
-    assert deprecated == {"TensorParallelAttentionV2", "TensorParallelV3Node", "TensorParallelV5Node"}
+    of_the_memory_nodes = {"TensorParallelAttentionV2", "TensorParallelV3Node", "TensorParallelV5Node"}
+    assert deprecated == {*of_the_memory_nodes, "RayKill"}
 
 
 # ---- what is shown at once

@@ -94,8 +94,9 @@ def sample_with_comfyui(
     negative: Conditioning,
     cfg: float,
     on_step: Callable[[int, dict[str, Tensor]], None],
+    stochastic_seed: int | None = None,
 ) -> dict[str, Tensor]:
-    """As `sampling.sample`, with ComfyUI's Euler sampler on a MODEL."""
+    """As `sampling.sample`, with ComfyUI's samplers on a MODEL: Euler's, or LCM's, which has new noise in each step."""
     import comfy.nested_tensor
     import comfy.sample
     import comfy.samplers
@@ -106,10 +107,11 @@ def sample_with_comfyui(
     latent = torch.zeros_like(streams[0])
     if len(streams) > 1:
         latent = comfy.nested_tensor.NestedTensor([torch.zeros_like(stream) for stream in streams])
+    sampler = "euler" if stochastic_seed is None else "lcm"
     with torch.inference_mode():
         out = comfy.sample.sample_custom(
-            twin, packed, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent,
-            callback=lambda step, *_: on_step(step + 1, {}), disable_pbar=True, seed=0,
+            twin, packed, cfg, comfy.samplers.sampler_object(sampler), sigmas, positive, negative, latent,
+            callback=lambda step, *_: on_step(step + 1, {}), disable_pbar=True, seed=stochastic_seed or 0,
         )  # fmt: skip
     return dict(zip(names, out.unbind() if len(streams) > 1 else [out]))
 

@@ -68,6 +68,7 @@ def sample(
     cfg: float,
     on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
     in_one_batch: bool = False,
+    stochastic_seed: int | None = None,
 ) -> dict[str, Tensor]:
     """Euler steps down the sigmas, in float32.
 
@@ -75,8 +76,10 @@ def sample(
     positive, negative: conditioning as the model's inputs. negative is needed where cfg is not 1.
     on_step: called after each step with its number, from 1, and the latents.
     in_one_batch: ask for both conditionings in one call, if they have the same shapes.
-    Source: arXiv 2210.02747; classifier-free guidance, arXiv 2207.12598.
+    stochastic_seed: of new noise in each step in place of the noise that was there, drawn as `initial_noise` is; None: none.
+    Source: arXiv 2210.02747; classifier-free guidance, arXiv 2207.12598; stochastic steps, arXiv 2303.01469, algorithm 1.
     """
+    generator = None if stochastic_seed is None else torch.Generator().manual_seed(stochastic_seed)
     x = {name: latent * sigmas[0] for name, latent in noise.items()}
     batch = noise["video"].shape[0]
     conditionings = [positive]
@@ -96,7 +99,12 @@ def sample(
         velocity = sides[0]
         if cfg != 1.0:
             velocity = {name: sides[1][name] + cfg * (sides[0][name] - sides[1][name]) for name in velocity}
-        x = {name: x[name] + (next_sigma - sigma) * velocity[name].float() for name in x}
+        if generator is None:
+            x = {name: x[name] + (next_sigma - sigma) * velocity[name].float() for name in x}
+        else:
+            clean = {name: x[name] - sigma * velocity[name].float() for name in x}
+            new = {name: torch.randn(tuple(latent.shape), generator=generator) for name, latent in clean.items()}
+            x = {name: (1.0 - next_sigma) * clean[name] + next_sigma * new[name] for name in x}
         if on_step is not None:
             on_step(step, x)
     return x

@@ -55,7 +55,14 @@ def shown(name: str) -> torch.Tensor:
     ]
     noise = initial_noise({"video": (1, 128, *KNOWN_LATENTS)}, 0)
     group = SequenceParallelGroup.single()
-    latents = sample(lambda inputs: host.forward(group, inputs), noise, schedule(20, shape.num_tokens), *sides, 3.0)
+    latents = sample(
+        lambda inputs: host.forward(group, inputs),
+        noise,
+        schedule(20, shape.num_tokens),
+        *sides,
+        1.5,
+        stochastic_seed=1,
+    )
     return decode(latents["video"])
 
 

@@ -419,17 +419,25 @@ def test_free_unloads_and_the_next_prompt_samples(server):
     assert loads(server) > before  # the host's memory had been given back, too
 
 
-def test_killing_the_workers_and_sampling_again(server):
+@pytest.mark.parametrize("node, cfg", [("RayKill", 2.0), ("LTXStopWorkers", 2.5)])
+def test_ending_the_workers_and_sampling_again(server, node, cfg):
+    """cfg: of the second graph, that ComfyUI has no answer to from before."""
     work = Workflow("LTX-Video")
-    work.add("RayKill", ray_actors=work.actors()[0], kill_mode="Kill Entire Cluster")
+    actors, model = work.actors()
+    if node == "RayKill":
+        work.add(node, ray_actors=actors, kill_mode="Kill Entire Cluster")
+    else:
+        work.add(node, after=ksampler(work, model))
     server.run(work.nodes)
+    brought_back = server.log().count("the Ray workers do not have this MODEL any more")
     again = Workflow("LTX-Video")
-    again.save(ksampler(again, again.actors()[1]), "after kill")
+    again.save(ksampler(again, again.actors()[1], cfg=cfg), f"after {node}")
     server.run(again.nodes)
+    assert server.log().count("the Ray workers do not have this MODEL any more") == brought_back + 1
     expected = Workflow("LTX-Video")
-    expected.save(ksampler(expected, expected.whole()), "expected")
+    expected.save(ksampler(expected, expected.whole(), cfg=cfg), f"expected after {node}")
     server.run(expected.nodes)
-    assert error_of(server, "after kill", "expected") <= SAMPLING_TOLERANCE
+    assert error_of(server, f"after {node}", f"expected after {node}") <= SAMPLING_TOLERANCE
 
 
 # ---- three workers: another cluster in the place of the first

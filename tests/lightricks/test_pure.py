@@ -153,6 +153,28 @@ def test_euler_finds_the_end_of_a_straight_path():
     torch.testing.assert_close(out["video"], target, rtol=1e-5, atol=1e-5)
 
 
+def test_stochastic_steps_are_diffusers_own():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    noise, sigmas = initial_noise({"video": (1, 2, 3, 4, 5)}, seed=3), torch.tensor([1.0, 0.8, 0.3, 0.0])
+
+    def velocity(latent, sigma):
+        return torch.tanh(latent * (1.0 + sigma))
+
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
+    torch.testing.assert_close(scheduler.sigmas, sigmas)
+    torch.manual_seed(7)  # of the generator that it draws from
+    expected = noise["video"]
+    for sigma, timestep in zip(sigmas, scheduler.timesteps):
+        expected = scheduler.step(velocity(expected, sigma), timestep, expected).prev_sample
+    out = sample(
+        lambda inputs: {"video": velocity(inputs["latent"], inputs["timestep"][0])},
+        noise, sigmas, {}, None, cfg=1.0, stochastic_seed=7,
+    )  # fmt: skip
+    torch.testing.assert_close(out["video"], expected, rtol=1e-6, atol=1e-6)
+
+
 def test_guidance_moves_away_from_the_negative_side():
     noise = initial_noise({"video": (1, 1, 1, 1, 1)}, seed=0)
     sides = {"yes": 2.0, "no": 1.0}
