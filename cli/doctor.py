@@ -11,11 +11,11 @@ from rich.table import Table
 
 from rayltx.cli.cluster_options import ClusterOptions
 from rayltx.cli.gpu_report.report import check_target, write_report
-from rayltx.cli.plan import ASSUMED_CARDS, audio_tokens, model_of
+from rayltx.cli.plan import audio_tokens, model_of
 from rayltx.devices import CPU, DeviceKind
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import ModelShape
-from rayltx.diffusion_models.lightricks.step_plan import Cards, Work, plan
+from rayltx.diffusion_models.lightricks.step_plan import ASSUMED_CARDS, Cards, Work, plan
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.device_speed import flops_per_s
 from rayltx.distributed_worker.machine_facts import Fact, machine_facts

@@ -17,15 +17,19 @@ from rayltx.devices import CPU, automatic, kind_of
 from rayltx.diffusion_models.lightricks.checkpoint import Checkpoint
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import LTX_2, ModelShape
-from rayltx.diffusion_models.lightricks.step_plan import HIDDEN, Cards, Plan, Work, best, plan, ways_to_share
+from rayltx.diffusion_models.lightricks.step_plan import (
+    ASSUMED_CARDS,
+    HIDDEN,
+    Cards,
+    Plan,
+    Work,
+    best,
+    plan,
+    ways_to_share,
+)
 from rayltx.distributed_worker.device_speed import flops_per_s
 from rayltx.errors import InputError
 from rayltx.expansion.comfyui_gguf.checkpoint import open_model_file
-
-# An RTX 4090 behind PCIe 4 without copies between cards.
-ASSUMED_CARDS = Cards(
-    flops_per_s=100e12, link_bytes_per_s=11e9, small_s=50e-6, memory_bytes=24 * 2**30, host_bytes_per_s=20e9
-)
 
 
 @dataclass(frozen=True)

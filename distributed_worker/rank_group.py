@@ -94,7 +94,7 @@ class RankGroup:
         self._poll: Callable[[], None] | None = None
         self._start_failed = self._ray_hangs = False
         self._meetings = Meetings(driver, request.group_address)
-        self._shares: dict[tuple[str, ...], tuple[float, ...]] = {}  # by what the ranks' devices are
+        self._speeds: dict[tuple[str, ...], list[float]] = {}  # by what the ranks' devices are
         self.link_report: LinkReport | None = None  # of the group that last formed, as rank 0 found it
 
     @property
@@ -343,20 +343,32 @@ class RankGroup:
 
     def with_shares(self, config: ParallelConfig) -> ParallelConfig:
         """The config with shares by the devices' speeds, if they are unlike and it has none. Waits for the workers."""
-        ranks = range(config.world_size)
-        descriptions = tuple(worker.device_description for worker in self.workers()[: len(ranks)])
-        if config.shares or len(set(descriptions)) == 1:
+        devices = self._devices()
+        if config.shares or len(set(devices[: config.world_size])) == 1:
             return config
-        if descriptions not in self._shares:
-            try:
-                speeds = self.run_whole(ask(Worker.speed), "measuring the devices")
-            except OutOfMemory as error:
-                logger.warning("no memory to measure the devices, so each rank gets as much: %s", first_line(error))
-                return config
-            self._shares[descriptions] = shares_by_speed([speeds[rank] for rank in ranks])
-            told = ", ".join(f"{speeds[rank] / 1e12:.1f} on rank {rank}" for rank in ranks)
-            logger.info("unlike devices (TFLOP/s: %s): shares %s", told, self._shares[descriptions] or "alike")
-        return dataclasses.replace(config, shares=self._shares[descriptions])
+        are_new = devices not in self._speeds
+        try:
+            speeds = self.speeds()[: config.world_size]
+        except OutOfMemory as error:
+            logger.warning("no memory to measure the devices, so each rank gets as much: %s", first_line(error))
+            return config
+        shares = shares_by_speed(speeds)
+        if are_new:
+            told = ", ".join(f"{speed / 1e12:.1f} on rank {rank}" for rank, speed in enumerate(speeds))
+            logger.info("unlike devices (TFLOP/s: %s): shares %s", told, shares or "alike")
+        return dataclasses.replace(config, shares=shares)
+
+    def speeds(self) -> list[float]:
+        """What each rank's device multiplies in a second, measured once. Waits for the workers."""
+        devices = self._devices()
+        if devices not in self._speeds:
+            found = self.run_whole(ask(Worker.speed), "measuring the devices")
+            self._speeds[devices] = [found[rank] for rank in self.all_ranks]
+        return self._speeds[devices]
+
+    def _devices(self) -> tuple[str, ...]:
+        """What each rank's device is. Waits for the workers."""
+        return tuple(worker.device_description for worker in self.workers())
 
     def _join(self, config: ParallelConfig) -> None:
         """Form the group, with peer-to-peer copies off where the ranks cannot reach each other otherwise."""

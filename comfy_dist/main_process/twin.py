@@ -31,6 +31,7 @@ from rayltx.comfy_dist.main_process.detection import detect
 from rayltx.comfy_dist.main_process.forwarding import is_local, module_names
 from rayltx.comfy_dist.main_process.placement import Placement
 from rayltx.comfy_dist.main_process.releasing import release_with
+from rayltx.comfy_dist.main_process.told_plan import tell_plan
 from rayltx.comfy_dist.main_process.worker_link import WorkerLink, raise_if_cancelled
 from rayltx.comfy_dist.marks import LINK, MODULE_NAME, OBJECT_BACKUP, PLACEMENT
 from rayltx.comfy_dist.model_spec import CAPTION_PROJECTIONS, TEXT_MODULES
@@ -260,6 +261,7 @@ def load_twin(
         except BaseException:
             remote.release_unless_busy()
             raise
+        tell_plan(cluster, link.placement, base_model.diffusion_model, remote.source.weight_bytes)
         logger.info(
             "%s, %s: %.2f GiB on %d workers in %.1f s", os.path.basename(path), checkpoint.version,
             remote.source.weight_bytes / 2**30, placement.request.workers, time.monotonic() - started,

@@ -47,6 +47,12 @@ class Cards:
     host_bytes_per_s: float  # from the host's memory, for weights that do not fit
 
 
+# An RTX 4090 behind PCIe 4 without copies between cards.
+ASSUMED_CARDS = Cards(
+    flops_per_s=100e12, link_bytes_per_s=11e9, small_s=50e-6, memory_bytes=24 * 2**30, host_bytes_per_s=20e9
+)
+
+
 @dataclass(frozen=True)
 class Plan:
     """One way to share a step."""

@@ -208,3 +208,39 @@ def test_workers_on_the_cpu_are_not_timed(loaded, monkeypatch):
     monkeypatch.setattr(ClusterRequest, "on_cpu", True)
     scenarios.euler(twin, "LTX-Video", CONFIGS["LTX-Video"])
     assert ways.alone and not any(ways.alone)
+
+
+# ---- what a step comes to, when a model is loaded
+
+
+def test_the_plan_counts_what_is_measured_and_says_what_is_assumed(comfy):
+    from rayltx.comfy_dist.main_process.told_plan import plan_line
+    from rayltx.diffusion_models.lightricks.step_cost import LTX_2
+    from rayltx.diffusion_models.lightricks.step_plan import ASSUMED_CARDS
+
+    cards = dataclasses.replace(ASSUMED_CARDS, flops_per_s=160e12, link_bytes_per_s=5e9)
+    line = plan_line(LTX_2, 38 * 2**30, ParallelConfig(2, 1, 2), cards)
+    told = [(float(s), int(n), int(e)) for s, n, e in re.findall(r"([\d.]+) s on (\d) \((\d+)%", line)]
+    assert [number for _, number, _ in told] == [1, 2, 3, 4] and told[0][2] == 100
+    assert told == sorted(told, reverse=True)
+    for seconds, number, efficiency in told:
+        assert efficiency == pytest.approx(100 * told[0][0] / seconds / number, abs=1.5)
+    assert "160 TFLOP/s" in line and "5.0 GB/s between them (measured)" in line and "(assumed)" in line
+    assert line.count("GiB of weights streamed") == 4, "38 GiB do not fit 24"
+
+
+def test_the_plan_is_told_when_cards_load_a_model(loaded, monkeypatch, caplog):
+    from rayltx.comfy_dist.main_process.told_plan import tell_plan
+
+    _, twin = loaded("LTX-2.3")
+    link = twin.link
+    told = []
+    for on_cpu, config in ((True, ParallelConfig(2)), (False, ParallelConfig()), (False, ParallelConfig(2))):
+        monkeypatch.setattr(ClusterRequest, "on_cpu", on_cpu)
+        placement = dataclasses.replace(link.placement, config=config)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "rayltx"):
+            tell_plan(link.cluster, placement, twin.model.diffusion_model, link.remote.source.weight_bytes)
+        told.append([each for each in caplog.messages if each.startswith("a step of 121 frames of 1280x704")])
+    assert told[:2] == [[], []], "nothing is measured of a CPU's workers, or of one"
+    assert len(told[2]) == 1 and f"{link.cluster.group.link_report.exchange.bytes_per_s / 1e9:.1f} GB/s" in told[2][0]
