@@ -6,7 +6,7 @@ Importing this needs neither Ray nor the workers' packages, so that the nodes ap
 from __future__ import annotations
 
 from rayltx.nodes.guiders import RayBasicGuider, RayCFGGuider, RayDualCFGGuider
-from rayltx.nodes.initializers import LTXStopWorkers, RayInitializer, RayInitializerAdvanced, RayKill
+from rayltx.nodes.initializers import RayInitializer, RayInitializerAdvanced, RayKill, StopRayWorkers
 from rayltx.nodes.loaders import RayCheckpointLoader, RayGGUFLoader, RayLoraLoader, RayUNETLoader
 from rayltx.nodes.model_patches import (
     LTXChunkedFeedForward,
@@ -49,7 +49,7 @@ _NODES = {
     TensorParallelAttentionV2: "Tensor Parallel V2 + Chunked FFN",
     TensorParallelV5Node: "Tensor Parallel V5 (Sequence Parallel + Ring Attention)",
     RayKill: "Kill Ray",
-    LTXStopWorkers: "Stop Ray Workers",
+    StopRayWorkers: "Stop Workers",
 }
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: name for node, name in _NODES.items()}

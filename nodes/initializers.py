@@ -237,7 +237,7 @@ class RayInitializerAdvanced(RayInitializer):
         )
 
 
-class LTXStopWorkers:
+class StopRayWorkers:
     """Ends the workers."""
 
     CATEGORY = CATEGORY
@@ -266,7 +266,7 @@ class RayKill:
     FUNCTION = "kill_ray"
     OUTPUT_NODE = True
     DEPRECATED = True
-    DESCRIPTION = LTXStopWorkers.DESCRIPTION + " For graphs made with Raylight; Stop Ray Workers takes anything."
+    DESCRIPTION = StopRayWorkers.DESCRIPTION + " For graphs made with Raylight; Stop Workers takes anything."
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:  # noqa: N802

@@ -88,7 +88,7 @@ def test_what_one_begins_with_is_found_by_what_it_is_for():
 
 def test_what_one_begins_with_is_listed_first_and_what_ends_everything_last():
     names = list(NODE_CLASS_MAPPINGS)
-    assert (names[0], names[-1]) == ("RayLTX", "LTXStopWorkers")
+    assert (names[0], names[-1]) == ("RayLTX", "StopRayWorkers")
 
 
 def test_nodes_for_graphs_of_other_packs_are_not_offered_for_new_ones():

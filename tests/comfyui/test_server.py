@@ -419,7 +419,7 @@ def test_free_unloads_and_the_next_prompt_samples(server):
     assert loads(server) > before  # the host's memory had been given back, too
 
 
-@pytest.mark.parametrize("node, cfg", [("RayKill", 2.0), ("LTXStopWorkers", 2.5)])
+@pytest.mark.parametrize("node, cfg", [("RayKill", 2.0), ("StopRayWorkers", 2.5)])
 def test_ending_the_workers_and_sampling_again(server, node, cfg):
     """cfg: of the second graph, that ComfyUI has no answer to from before."""
     work = Workflow("LTX-Video")
