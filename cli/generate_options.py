@@ -54,7 +54,7 @@ class GenerateOptions:
     @property
     def stochastic_seed(self) -> int | None:
         """Of the noise of the steps, which is other than that which they begin with; None where they have none."""
-        return (self.seed + 1) % _SEEDS if self.stochastic else None
+        return (self.seed + 1) % (_SEEDS - 1) if self.stochastic else None  # ComfyUI adds another 1
 
     def check(self) -> None:
         """Raises InputError for what can be no clip's, and for files that are not there or hold something else."""

@@ -190,14 +190,16 @@ class RankGroup:
         control: StepControl | None = None,
         is_watched: bool = False,
         block_s: float = 0.0,
+        alone: bool = False,
     ) -> dict[int, _Result]:
         """Have ranks run a call each, and wait. Returns what each gave, by rank.
 
         what: the work, for messages. timeout_s: None stands for the request's limit of a call. control: which the calls have,
-        too. is_watched: whether a rank that enters no block is stuck; block_s: see `_CallsUnderWay`.
+        too. is_watched: whether a rank that enters no block is stuck; block_s: see `_CallsUnderWay`. alone: a call of a group is
+        one worker's, and the group has no part in it.
         Raises as `outcomes.results`; after RanksDisagree, WorkerDied and WorkerStuck the group has to be mended.
         """
-        is_collective = any(call.kind is CallKind.COLLECTIVE for call in calls.values())
+        is_collective = not alone and any(call.kind is CallKind.COLLECTIVE for call in calls.values())
         answers = self._start_each(calls)
         num_ranks = len(calls) if is_collective else self._request.workers
         timeout_s = self._request.call_timeout_s if timeout_s is None else timeout_s

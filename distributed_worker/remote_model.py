@@ -189,10 +189,10 @@ class RemoteModel:
             worker_call = self._on_worker(call, self._sending.of_steps, control=shared, from_all=from_all, alone=alone)
             calls = dict.fromkeys(ranks, worker_call)
             if call.method != Host.forward.__name__:
-                return group.run(calls, what, limit_s, control)
+                return group.run(calls, what, limit_s, control, alone=alone)
             kind = config, alone, _shapes_of(worker_call)
             control.usual_s = self._usual_s if kind == self._usual_kind else 0.0
-            answers = group.run(calls, what, limit_s, control, is_watched=True, block_s=block_s)
+            answers = group.run(calls, what, limit_s, control, is_watched=True, block_s=block_s, alone=alone)
             self._usual_kind, self._usual_s = kind, control.usual_s
             return answers
 

@@ -248,8 +248,15 @@ class StopRayWorkers:
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:  # noqa: N802
-        after = {"tooltip": "What should have finished before, of any type: the images, or the last latent."}
+        after = {
+            "tooltip": "What should have finished before, of any type: the images, which the workers may have decoded."
+        }
         return {"required": {"after": ("*", after)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:  # noqa: N802
+        """Something other than itself: ComfyUI would not run it again after the same inputs, though workers may have started."""
+        return float("nan")
 
     def stop(self, after: Any) -> tuple[()]:
         from rayltx.comfy_dist.main_process.initializer_settings import stop_workers
@@ -258,13 +265,10 @@ class StopRayWorkers:
         return ()
 
 
-class RayKill:
+class RayKill(StopRayWorkers):
     """The same, of Raylight's graphs."""
 
-    CATEGORY = CATEGORY
-    RETURN_TYPES = ()
     FUNCTION = "kill_ray"
-    OUTPUT_NODE = True
     DEPRECATED = True
     DESCRIPTION = StopRayWorkers.DESCRIPTION + " For graphs made with Raylight; Stop Workers takes anything."
 

@@ -91,6 +91,13 @@ def test_what_one_begins_with_is_listed_first_and_what_ends_everything_last():
     assert (names[0], names[-1]) == ("RayLTX", "StopRayWorkers")
 
 
+@pytest.mark.parametrize("name", ["StopRayWorkers", "RayKill"])
+def test_what_ends_the_workers_runs_each_time(name):
+    """Though its inputs are what they were: other nodes may have started them again."""
+    state = NODE_CLASS_MAPPINGS[name].IS_CHANGED()
+    assert state != state  # as ComfyUI compares
+
+
 def test_nodes_for_graphs_of_other_packs_are_not_offered_for_new_ones():
     deprecated = {name for name, node in NODE_CLASS_MAPPINGS.items() if getattr(node, "DEPRECATED", False)}
     of_the_memory_nodes = {"TensorParallelAttentionV2", "TensorParallelV3Node", "TensorParallelV5Node"}

@@ -1,15 +1,17 @@
 """One GPU takes a step alone where several are no faster: a small video, or a slow link.
 
 What the link takes of a step is known before it: counted from the shape (`step_cost`), at the speed that the first exchange
-measured. Where that could be half of it, the step is timed on all ranks and on one, with the same inputs, and the faster way
-is the one for this kind of step: from the first step of the first run on, and remembered, so that a picture does not come out
-of one way today and of another tomorrow, whose last bits differ. Where a user has chosen the degrees, all ranks work, and the log
-says that one would do as well.
+measured. Where one rank could be as fast if all of that is waited for, the step is timed on all ranks and on one, with the same
+inputs, and the faster way is the one for this kind of step: from the first step of the first run on, and remembered, so that a
+picture does not come out of one way today and of another tomorrow, whose last bits differ. Where a user has given shares or
+`ulysses_degree`, all ranks work, and the log says where one would do as well.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,15 +27,16 @@ from rayltx.comfy_dist.model_spec import has_audio
 from rayltx.diffusion_models.lightricks.comfyui_rows import batch_of
 from rayltx.diffusion_models.lightricks.step_cost import ModelShape, StepCost, computing_s
 from rayltx.diffusion_models.lightricks.step_plan import HIDDEN
-from rayltx.errors import OutOfMemory
+from rayltx.distributed_worker.worker import LinkReport, WorkerInfo
+from rayltx.errors import OutOfMemory, RanksFailedAlike, first_line
 from rayltx.json_records import read_record, write_record
 from rayltx.sequence_parallel.first_exchange import ExchangeReport
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
-# Of a first step's time, which may be several times a later one's: what the link takes at least where more is looked into.
-_LOOKED_INTO = 0.1
+# Of a first step's time, which may be many times a later one's: what the link takes at least where more is looked into.
+_LOOKED_INTO = 0.02
 _TOLD_AT = 2  # the step of its kind
 
 _Result = TypeVar("_Result")
@@ -51,6 +54,8 @@ class StepKind:
     rows: int
     config: ParallelConfig
     devices: tuple[str, ...]  # of the ranks
+    link: str  # what they talk over
+    weight_budget: int  # bytes of weights on a device at most, the rest is streamed; 0: as many as fit
 
     @classmethod
     def of(
@@ -59,13 +64,19 @@ class StepKind:
         model: DiffusionModel,
         x: Tensor | list[Tensor],
         config: ParallelConfig,
-        devices: Sequence[str],
+        workers: Sequence[WorkerInfo],
+        link: LinkReport,
+        weight_budget: int = 0,
     ) -> StepKind:
-        """x: as the model's forward takes it."""
+        """x: as the model's forward takes it. workers: those of the ranks."""
+        # Roughly, for it is measured anew at each start.
+        speed = round(math.log2(link.exchange.bytes_per_s) / 2)
+        machines = len({worker.hostname for worker in workers})
         streams = x if isinstance(x, (list, tuple)) else [x]
         return cls(
             name, shape_of(model), tuple(tuple(stream.shape) for stream in streams), streams[0][0, 0].numel(),
-            Replicated.of(x, None).audio_tokens, batch_of(x), config, tuple(devices),
+            Replicated.of(x, None).audio_tokens, batch_of(x), config, tuple(worker.device_description for worker in workers),
+            f"{link.backend} on {machines} machine{'s' if machines > 1 else ''}, some 4^{speed} B/s", weight_budget,
         )  # fmt: skip
 
     def link_s(self, exchange: ExchangeReport, element_bytes: int) -> float:
@@ -83,8 +94,7 @@ class StepKind:
 
     def __str__(self) -> str:
         """The same for the same kind in another process."""
-        of_ranks = f"{self.config}, shares {self.config.shares}" if self.config.shares else str(self.config)
-        return f"{self.model}, latents {self.streams}, {of_ranks}, {', '.join(self.devices)}"
+        return ", ".join(f"{field.name}: {getattr(self, field.name)}" for field in dataclasses.fields(self))
 
 
 class RankChoice:
@@ -101,37 +111,43 @@ class RankChoice:
         exchange: ExchangeReport,
         element_bytes: int,
         compute: Callable[[bool], _Result],
-        may_try: bool,
+        was_disturbed: Callable[[], bool] = lambda: False,
     ) -> _Result:
         """What `compute` gives: of a step, by one rank (True) or by all, whichever is faster.
 
-        may_try: whether it may be called more often than once, by one rank and by all: up to four times, of a kind that is not
-        known.
+        compute: may be called up to four times, for a kind that is not known. was_disturbed: whether something else than the
+        steps took time meanwhile: then nothing is learnt of them.
         """
         if kind not in self._alone and (found := read_record(self._path).get(str(kind))) is not None:
             self._alone[kind] = found is True
-        if kind in self._alone or not may_try:
-            return compute(self._alone.get(kind, False))
+        if kind in self._alone:
+            return self._by_one(kind, compute) if self._alone[kind] else compute(False)
         answer, first_s = _timed(compute, False)
         link_s = kind.link_s(exchange, element_bytes)
-        self._alone[kind] = False
         if link_s < _LOOKED_INTO * first_s:
+            self._alone[kind] = False
             return answer
         answer, shared_s = _timed(compute, False)
+        if was_disturbed():
+            return answer
         if kind.alone_s(shared_s, link_s, hidden=0.0) >= shared_s:
+            self._remember(kind, False)
             return answer
         try:
             _timed(compute, True)
             answer_alone, alone_s = _timed(compute, True)
-        except OutOfMemory as error:
-            logger.info("a step of %d video tokens does not fit one GPU: %s", kind.video_tokens, error)
+        except (OutOfMemory, RanksFailedAlike) as error:
+            self._alone[kind] = False
+            logger.info("a step of %d video tokens is not for one GPU: %s", kind.video_tokens, first_line(error))
+            return answer
+        if was_disturbed():
             return answer
         self._remember(kind, alone_s <= shared_s)
         ranks = kind.config.world_size
         logger.info(
             "a step of %d video tokens takes %.3f s on one GPU and %.3f s on %d (the link takes up to %.3f s of it, at %.1f GB/s "
-            "and %.2f ms for each exchange): videos of this size run on %s. To have all work on it, set ulysses_degree to their "
-            "number",
+            "and %.2f ms for each exchange): videos of this size run on %s. Ray Init Actor has all work on it where its "
+            "ulysses_degree is not 0",
             kind.video_tokens, alone_s, shared_s, ranks, link_s, exchange.bytes_per_s / 1e9, exchange.small_s * 1e3,
             "one" if self._alone[kind] else f"all {ranks}",
         )  # fmt: skip
@@ -149,12 +165,20 @@ class RankChoice:
             if alone_s < shared_s:
                 logger.warning(
                     "a step of %d video tokens takes %.2f s on %d GPUs, of which the link can take %.2f s (%.1f GB/s, %.2f ms "
-                    "for each exchange): one GPU would take about %.2f s. Set GPU to 1 for videos of this size, or "
-                    "ulysses_degree to 0, which chooses",
+                    "for each exchange): one GPU would take about %.2f s, and do as well for videos of this size",
                     kind.video_tokens, shared_s, kind.config.world_size, link_s, exchange.bytes_per_s / 1e9,
                     exchange.small_s * 1e3, alone_s,
                 )  # fmt: skip
         return answer
+
+    def _by_one(self, kind: StepKind, compute: Callable[[bool], _Result]) -> _Result:
+        """By all where it does not fit one any more: something else has come to its device."""
+        try:
+            return compute(True)
+        except OutOfMemory as error:
+            self._alone[kind] = False
+            logger.warning("%s: steps of %d video tokens run on all GPUs now", first_line(error), kind.video_tokens)
+            return compute(False)
 
     def _remember(self, kind: StepKind, alone: bool) -> None:
         self._alone[kind] = alone

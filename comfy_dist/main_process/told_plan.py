@@ -12,7 +12,7 @@ from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import ModelShape
 from rayltx.diffusion_models.lightricks.step_plan import ASSUMED_CARDS, HIDDEN, Cards, Work, plan
 from rayltx.distributed_worker.cluster import Cluster
-from rayltx.errors import ClusterError, first_line
+from rayltx.errors import RayLTXError, first_line
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def tell_plan(cluster: Cluster, placement: Placement, model: DiffusionModel, wei
         return
     try:
         speeds = cluster.group.speeds()[: placement.config.world_size]
-    except ClusterError as error:
+    except RayLTXError as error:  # a line of the log is not worth a load
         logger.info("the devices were not measured: %s", first_line(error))
         return
     cards = dataclasses.replace(

@@ -258,10 +258,11 @@ def load_twin(
         link = WorkerLink(cluster, remote, placement, detected)
         try:
             link.move(placement)
+            with cluster.group.polling(raise_if_cancelled):
+                tell_plan(cluster, link.placement, base_model.diffusion_model, remote.source.weight_bytes)
         except BaseException:
             remote.release_unless_busy()
             raise
-        tell_plan(cluster, link.placement, base_model.diffusion_model, remote.source.weight_bytes)
         logger.info(
             "%s, %s: %.2f GiB on %d workers in %.1f s", os.path.basename(path), checkpoint.version,
             remote.source.weight_bytes / 2**30, placement.request.workers, time.monotonic() - started,

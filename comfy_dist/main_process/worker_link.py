@@ -242,15 +242,19 @@ class WorkerLink:
         if link is None or config.world_size == 1 or self.placement.request.on_cpu:
             return compute(False)  # workers on the CPU share its cores
         name = f"{self.spec.model_version} of {', '.join(self.spec.weight_kinds)} in {dtype_name(self.spec)}"
-        devices = [worker.device_description for worker in self.cluster.workers()[: config.world_size]]
-        kind = StepKind.of(name, model, x, config, devices)
+        workers = self.cluster.workers()[: config.world_size]
+        kind = StepKind.of(name, model, x, config, workers, link, self.placement.weight_budget)
         element_bytes = self.spec.compute_dtype.itemsize
         if not self.placement.chooses_ranks:
             return self._rank_choice.step_of_all(kind, link.exchange, element_bytes, compute)
-        # Code of a patch may count its calls.
+        # Code of a patch may count its calls, and has to be where it is on all ranks.
         has_code = self._sent_patches is None or bool(names_of_patches(self._sent_patches, options))
-        may_try = not has_code and self.memory.has_room_for_whole()
-        return self._rank_choice.step(kind, link.exchange, element_bytes, compute, may_try)
+        if has_code or not self.memory.has_room_for_whole():
+            return compute(False)
+        group = self.cluster.group
+        return self._rank_choice.step(
+            kind, link.exchange, element_bytes, compute, was_disturbed=lambda: group.link_report is not link
+        )
 
     def _with_proved_patches(self, inputs: StepInputs, options: Options) -> StepInputs:
         """The same with how it is shared. Raises UnsupportedError for patches that cannot be shared."""

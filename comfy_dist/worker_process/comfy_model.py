@@ -102,7 +102,8 @@ class ComfyModel(ComfyHost):
                 self._kept_text.forget()
                 self._patcher.patch_hooks(hooks)
             options = self._with_changing(self._options[inputs.options_key][1], inputs)
-            with self._shared(group, inputs, options, self._kept_text if self._has_no_code else None):
+            keeps_text = self._has_no_code and not inputs.alone  # the room for it was found for a rank's share
+            with self._shared(group, inputs, options, self._kept_text if keeps_text else None):
                 out = self._call(inputs, options)
             return to_device(out, torch.device("cpu")) if group.rank == 0 else None
 

@@ -12,6 +12,7 @@ import torch
 from comfy_models import CONFIGS, model_class, save_tiny_checkpoint
 
 from rayltx.distributed_worker.request import ClusterRequest
+from rayltx.distributed_worker.worker import LinkReport, WorkerInfo
 from rayltx.errors import OutOfMemory
 from rayltx.sequence_parallel.first_exchange import ExchangeReport
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -35,7 +36,8 @@ def kind(comfy):
         x = [torch.empty(1, 128, 16, 22, 40), torch.empty(1, 8, 126, 16)]
     # Of the real width, without its layers.
     model.inner_dim, model.audio_inner_dim, model.num_attention_heads = 4096, 2048, 32
-    return StepKind.of("LTX-2 in bfloat16", model, x, CONFIG, ("a card",) * 4)
+    workers = [WorkerInfo(number, "a machine", "cuda", 24 * 2**30, "a card") for number in range(4)]
+    return StepKind.of("LTX-2 in bfloat16", model, x, CONFIG, workers, LinkReport("nccl", SLOW, 0))
 
 
 class Steps:
@@ -71,31 +73,55 @@ def test_the_faster_way_is_taken_from_the_first_step_on_and_remembered(
     answer = "by one" if chosen else "by all"
     with caplog.at_level(logging.INFO, "rayltx"):
         first = choice()
-        assert [first.step(kind, SLOW, 2, steps, may_try=True) for _ in range(3)] == [answer] * 3
+        assert [first.step(kind, SLOW, 2, steps) for _ in range(3)] == [answer] * 3
     assert steps.asked == [False, False, True, True, chosen, chosen]
     (said,) = [record.getMessage() for record in caplog.records]
     assert f"{alone_s:.3f} s on one GPU and {SHARED_S:.3f} s on 4" in said and "14080 video tokens" in said
     assert said.count("videos of this size run on one." if chosen else "videos of this size run on all 4.") == 1
-    # In another process, and where a patch forbids to try.
-    for may_try in (True, False):
-        assert choice().step(kind, SLOW, 2, steps, may_try=may_try) == answer
-    assert steps.asked[6:] == [chosen, chosen]
-    other = dataclasses.replace(kind, devices=("another card",) * 4)
-    assert choice().step(other, SLOW, 2, steps, may_try=False) == "by all" and steps.asked[8:] == [False]
+    # In another process, and of another kind.
+    assert choice().step(kind, SLOW, 2, steps) == answer and steps.asked[6:] == [chosen]
+    choice().step(dataclasses.replace(kind, devices=("another card",) * 4), SLOW, 2, steps)
+    assert steps.asked[7:] == [False, False, True, True]
 
 
-@pytest.mark.parametrize("exchange, shared_s, calls", [(FAST, SHARED_S, 1), (SLOW, 30.0, 1), (SLOW, 6.0, 2)])
+def test_kinds_that_differ_in_anything_are_remembered_apart(kind):
+    assert str(kind) == str(dataclasses.replace(kind))
+    others = {
+        "model": "LTX-2 in float16", "shape": dataclasses.replace(kind.shape, width=2048), "streams": ((1, 128, 16, 22, 41),),
+        "video_tokens": 7, "audio_tokens": 7, "rows": 2, "config": ParallelConfig(2, 2), "devices": ("another card",) * 4,
+        "link": "nccl on 2 machines", "weight_budget": 2**30,
+    }  # fmt: skip
+    assert set(others) == {field.name for field in dataclasses.fields(kind)}
+    texts = {str(dataclasses.replace(kind, **{name: value})) for name, value in others.items()}
+    assert len(texts | {str(kind)}) == len(others) + 1
+
+
+def test_nothing_is_learnt_of_steps_between_which_workers_were_replaced(kind, choice, monkeypatch):
+    steps, ours = Steps(monkeypatch, alone_s=1.0), choice()
+    assert ours.step(kind, SLOW, 2, steps, was_disturbed=lambda: True in steps.asked) == "by all"
+    assert ours.step(kind, SLOW, 2, steps) == "by one" and choice().step(kind, SLOW, 2, steps) == "by one"
+
+
+def test_a_step_that_does_not_fit_one_rank_any_more_goes_to_all(kind, choice, monkeypatch, caplog):
+    steps, ours = Steps(monkeypatch, alone_s=1.0), choice()
+    assert ours.step(kind, SLOW, 2, steps) == "by one"
+    steps.fits = False
+    assert [ours.step(kind, SLOW, 2, steps) for _ in range(2)] == ["by all"] * 2
+    assert steps.asked[4:] == [True, False, False] and "ran out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("exchange, shared_s, calls", [(FAST, 30.0, 1), (SLOW, 60.0, 1), (SLOW, 6.0, 2)])
 def test_one_rank_is_not_tried_where_it_cannot_be_faster(kind, choice, monkeypatch, exchange, shared_s, calls):
     """By counting alone, or by a second step, which does not do what a first one does."""
     steps, ours = Steps(monkeypatch, 1.0, shared_s), choice()
-    assert ours.step(kind, exchange, 2, steps, may_try=True) == "by all"
+    assert ours.step(kind, exchange, 2, steps) == "by all"
     assert steps.asked == [False] * calls
-    assert ours.step(kind, exchange, 2, steps, may_try=True) == "by all" and len(steps.asked) == calls + 1
+    assert ours.step(kind, exchange, 2, steps) == "by all" and len(steps.asked) == calls + 1
 
 
 def test_a_step_that_does_not_fit_one_rank_stays_with_all(kind, choice, monkeypatch):
     steps, ours = Steps(monkeypatch, 1.0, fits=False), choice()
-    assert [ours.step(kind, SLOW, 2, steps, may_try=True) for _ in range(2)] == ["by all"] * 2
+    assert [ours.step(kind, SLOW, 2, steps) for _ in range(2)] == ["by all"] * 2
     assert steps.asked == [False, False, True, False]
 
 
@@ -184,6 +210,14 @@ def test_a_run_by_one_rank_is_comfyuis_bit_for_bit(loaded, monkeypatch, version)
     # Several ranks are as before: their group was not touched.
     group = twin.link.cluster.group
     assert group.config == ParallelConfig(2) and not group.is_broken
+
+
+def test_what_one_rank_has_no_room_for_is_not_tried(loaded, monkeypatch):
+    _, twin = loaded("LTX-Video")
+    ways = SpiedCalls(monkeypatch, twin)
+    monkeypatch.setattr(twin.link.memory, "free_bytes", lambda: 1)
+    scenarios.euler(twin, "LTX-Video", CONFIGS["LTX-Video"])
+    assert ways.alone and not any(ways.alone)
 
 
 def test_code_of_a_patch_is_not_called_more_often_than_it_would_be(loaded, monkeypatch):

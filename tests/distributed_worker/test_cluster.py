@@ -154,17 +154,32 @@ def test_a_rank_that_fails_alone_costs_the_step_and_nothing_else(cluster, loaded
     assert remote.digest() == digest, "a write by one worker reached the others"
 
 
+@pytest.mark.parametrize("kind", ["alike", "out of memory while others wait", "user error"])
+def test_one_rank_that_fails_alone_leaves_the_group_of_all_as_it_is(cluster, loaded, tmp_path, kind):
+    remote, inputs, reference = loaded
+    config = ParallelConfig(3, 1)
+    assert worst_error(remote.forward(inputs, config), reference) < 2e-6
+    report = cluster.group.link_report
+    fail = {**inputs, "fail": (kind, 0, str(tmp_path / "failed"))}
+    with pytest.raises((OutOfMemory, RanksFailedAlike, InputError)):
+        remote.call_together(ask_together(Host.forward, fail), config, alone=True)
+    assert cluster.group.config == config and not cluster.group.is_broken
+    assert worst_error(remote.forward(inputs, config), reference) < 2e-6
+    assert cluster.group.link_report is report, "the group was formed anew"
+
+
 @pytest.mark.parametrize("kind, replaced", [("exit", 1), ("write", 1), (None, 0)])
 def test_one_rank_computes_alone_and_the_group_of_all_stays(cluster, loaded, tmp_path, kind, replaced):
     remote, inputs, reference = loaded
     config = ParallelConfig(3, 1)
     assert worst_error(remote.forward(inputs, config), reference) < 2e-6
-    pids = [info.pid for info in cluster.workers()]
+    pids, report = [info.pid for info in cluster.workers()], cluster.group.link_report
     fail = {**inputs, "fail": (kind, 0, str(tmp_path / "failed"))}
     answer = remote.call_together(ask_together(Host.forward, fail), config, alone=True)
     assert worst_error(answer, reference) < 2e-6
     assert sum(info.pid not in pids for info in cluster.workers()) == replaced
     assert worst_error(remote.forward(inputs, config), reference) < 2e-6
+    assert (cluster.group.link_report is report) == (not replaced)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
