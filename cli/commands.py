@@ -91,10 +91,10 @@ def generate(
     steps: Annotated[int, typer.Option(help="Sampling steps on LTX's own schedule.")] = 20,
     sigmas: Annotated[str | None, typer.Option(help='Sigmas instead of steps: "1,0.7,0.3,0".')] = None,
     cfg: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1: none. 3 without, and 1.5 for the demo's model.")
+        float | None, typer.Option(help="Classifier-free guidance; 1: none. Left out: 3, and 1.5 without a checkpoint.")
     ] = None,
     stochastic: Annotated[
-        bool | None, typer.Option(help="New noise in each step. Without: for the demo's model.")
+        bool | None, typer.Option(help="New noise in each step. Left out: without a checkpoint alone.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     workers: Workers = 0,
@@ -128,9 +128,8 @@ def generate(
             checkpoint=checkpoint, prompt=prompt, negative=negative, conditioning=conditioning,
             text_encoders=text_encoder or [], vae=vae, audio_vae=audio_vae, width=width, height=height, frames=frames,
             frame_rate=frame_rate, steps=steps, sigmas=sigmas, cfg=cfg, stochastic=stochastic, seed=seed, chunks=chunks,
-            dtype=dtype.value,
-            outputs=output or [Path("output/rayltx.mp4")], verify=verify, comfyui=comfyui,
-            cluster=_cluster_options(
+            dtype=dtype.value, outputs=output or [Path("output/rayltx.mp4")], verify=verify,
+            comfyui=comfyui, cluster=_cluster_options(
                 workers, device, gpus, address, object_store_gb, (ulysses, ring, cfg_degree or (0 if cfg != 1.0 else 1)), shares
             ),
         )

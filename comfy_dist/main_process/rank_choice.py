@@ -94,7 +94,7 @@ class StepKind:
 
     def __str__(self) -> str:
         """The same for the same kind in another process."""
-        return ", ".join(f"{field.name}: {getattr(self, field.name)}" for field in dataclasses.fields(self))
+        return ", ".join(f"{field.name}: {getattr(self, field.name)!r}" for field in dataclasses.fields(self))
 
 
 class RankChoice:
