@@ -258,7 +258,7 @@ class StopRayWorkers:
         """Something other than itself: ComfyUI would not run it again after the same inputs, though workers may have started."""
         return float("nan")
 
-    def stop(self, after: Any) -> tuple[()]:
+    def stop(self, **inputs: Any) -> tuple[()]:
         from rayltx.comfy_dist.main_process.initializer_settings import stop_workers
 
         stop_workers()
@@ -268,7 +268,6 @@ class StopRayWorkers:
 class RayKill(StopRayWorkers):
     """The same, of Raylight's graphs."""
 
-    FUNCTION = "kill_ray"
     DEPRECATED = True
     DESCRIPTION = StopRayWorkers.DESCRIPTION + " For graphs made with Raylight; Stop Workers takes anything."
 
@@ -286,9 +285,3 @@ class RayKill(StopRayWorkers):
                 ),
             }
         }
-
-    def kill_ray(self, ray_actors: Any, kill_mode: str) -> tuple[()]:
-        from rayltx.comfy_dist.main_process.initializer_settings import stop_workers
-
-        stop_workers()
-        return ()

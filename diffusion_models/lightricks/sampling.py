@@ -55,7 +55,10 @@ def parse_sigmas(text: str) -> Tensor:
 
 def initial_noise(shapes: dict[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
     """float32 noise for each latent, in order, from one generator on the CPU, as ComfyUI draws it."""
-    generator = torch.Generator().manual_seed(seed)
+    return _drawn(shapes, torch.Generator().manual_seed(seed))
+
+
+def _drawn(shapes: dict[str, Sequence[int]], generator: torch.Generator) -> dict[str, Tensor]:
     return {name: torch.randn(tuple(shape), generator=generator) for name, shape in shapes.items()}
 
 
@@ -103,7 +106,7 @@ def sample(
             x = {name: x[name] + (next_sigma - sigma) * velocity[name].float() for name in x}
         else:
             clean = {name: x[name] - sigma * velocity[name].float() for name in x}
-            new = {name: torch.randn(tuple(latent.shape), generator=generator) for name, latent in clean.items()}
+            new = _drawn({name: latent.shape for name, latent in clean.items()}, generator)
             x = {name: (1.0 - next_sigma) * clean[name] + next_sigma * new[name] for name in x}
         if on_step is not None:
             on_step(step, x)
