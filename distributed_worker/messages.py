@@ -269,7 +269,7 @@ class AnswerTensors:
     for who holds an answer for longer, as a sampler of several steps does.
     """
 
-    def __init__(self, max_bytes: int = 64 * 2**20) -> None:
+    def __init__(self, max_bytes: int = 128 * 2**20) -> None:
         """max_bytes: of all files that are kept."""
         self._max_bytes = max_bytes
         self._segments: list[Segment] = []  # most recently written last

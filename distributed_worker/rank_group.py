@@ -137,12 +137,12 @@ class RankGroup:
         """Have a worker run a call after what it is doing. Nobody waits for it."""
         return self._driver.call(self._actors[rank], call)
 
-    def _start_each(self, calls: Mapping[int, Call[Worker, Any]]) -> dict[int, Answer]:
-        """`start`, for several ranks. What all are asked alike is sent once."""
+    def _start_each(self, calls: Mapping[int, Call[Worker, Any]], by_line: bool = False) -> dict[int, Answer]:
+        """`start`, for several ranks. What all are asked alike is sent once. by_line: see `RayDriver.call_each`."""
         one = next(iter(calls.values()), None)
         if one is None or any(call is not one for call in calls.values()):
             return {rank: self.start(rank, call) for rank, call in calls.items()}
-        return dict(zip(calls, self._driver.call_each([self._actors[rank] for rank in calls], one)))
+        return dict(zip(calls, self._driver.call_each([self._actors[rank] for rank in calls], one, by_line)))
 
     def start_and_keep(self, rank: int, call: Call[Worker, _Result]) -> tuple[Answer, Kept]:
         """The same, with what the call gives left in Ray's store, to be handed to others. `collect` says whether it went well."""
@@ -200,7 +200,7 @@ class RankGroup:
         Raises as `outcomes.results`; after RanksDisagree, WorkerDied and WorkerStuck the group has to be mended.
         """
         is_collective = not alone and any(call.kind is CallKind.COLLECTIVE for call in calls.values())
-        answers = self._start_each(calls)
+        answers = self._start_each(calls, by_line=control is not None)
         num_ranks = len(calls) if is_collective else self._request.workers
         timeout_s = self._request.call_timeout_s if timeout_s is None else timeout_s
         calls_under_way = _CallsUnderWay(

@@ -52,12 +52,14 @@ ROLE = "rayltx_role"
 MASK = "rayltx_self_attention_mask"
 PREFERRED = "rayltx_preferred_attention"
 # - `rayltx_index`, on timesteps that ComfyUI keeps compressed: (n,) int64, the row of each token of this rank;
-# - on the model: the methods that `_ShardedForward.wrappers` names; on each `block.ff`, `block.attn1` and the layers that make
-#   the text's keys and values: `forward`;
+# - on the model: the methods that `_ShardedForward.wrappers` names; on `patchify_proj`, each `block.ff`, `block.attn1` and the
+#   layers that make the text's keys and values: `forward`;
 # - forward hooks, on the attention modules (a block's attributes that `AttentionRole` names) and on `proj_out`;
 # - `input_scale` and a forward hook, on NVFP4 layers without one (see `input_scales`).
 
 
+# LTX-2.5 adds something to the tokens of keyframes, by a method of the model that asks another which they are.
+_MARKING, _MARK = "apply_keyframes_abs_pos_embedding", "keyframes_abs_pos_mask"
 _QUERIES_STAY = (AttentionRole.VIDEO_TEXT, AttentionRole.AUDIO_TO_VIDEO)  # a rank attends with its own queries alone
 _OURS = "rayltx"
 _LAYERS_FROM = ("comfy", "torch", _OURS)
@@ -88,7 +90,7 @@ def sharded(
     kept_text: what is known of the text's keys and values by steps before, of known attention with plain layers.
     Collective: every rank of the group calls the model with the same inputs.
     """
-    forward = _ShardedForward(group)
+    forward = _ShardedForward(group, diffusion_model)
     with contextlib.ExitStack() as scope:
         for name, wrapper in forward.wrappers().items():
             original = getattr(diffusion_model, name, None)
@@ -208,8 +210,8 @@ _ABSENT = object()
 class _ShardedForward:
     """The wrappers of the model's methods. Each takes the original first."""
 
-    def __init__(self, group: SequenceParallelGroup) -> None:
-        self._group = group
+    def __init__(self, group: SequenceParallelGroup, model: Any) -> None:
+        self._group, self._model = group, model
         self._sequence: ShardedSequence | None = None
         self._override: Callable[..., Tensor] | None = None  # this one's, where there was none before
         self._text_is_read_only = False
@@ -230,17 +232,47 @@ class _ShardedForward:
 
     def process_input(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Keep this rank's tokens and positions, before any table is made of them."""
-        tokens, coordinates, additional = original(*args, **kwargs)
+        self._sequence = None
+        with self._projecting_own_tokens():
+            tokens, coordinates, additional = original(*args, **kwargs)
         video = tokens[0] if isinstance(tokens, (list, tuple)) else tokens
-        self._sequence = ShardedSequence.of(self._group, video.shape[1])
+        if self._sequence is None:
+            # A copy, so that the whole is freed.
+            video = video[:, self._cut_sequence(video.shape[1]).local].clone()
+        local = self.sequence.local
+        if isinstance(tokens, (list, tuple)):
+            return [video, *tokens[1:]], [_cut(coordinates[0], local), *coordinates[1:]], additional
+        return video, _cut(coordinates, local), additional
+
+    def _cut_sequence(self, num_tokens: int) -> ShardedSequence:
+        self._sequence = ShardedSequence.of(self._group, num_tokens)
         if 0 in self._sequence.partition.tokens.sizes:
             # With so few tokens every rank does all of it: kernels do not take empty inputs.
-            self._sequence = ShardedSequence.of(SequenceParallelGroup.single(), video.shape[1])
-        local = self._sequence.local
-        # Copies, so that the whole is freed.
-        if isinstance(tokens, (list, tuple)):
-            return [video[:, local].clone(), *tokens[1:]], [_cut(coordinates[0], local), *coordinates[1:]], additional
-        return video[:, local].clone(), _cut(coordinates, local), additional
+            self._sequence = ShardedSequence.of(SequenceParallelGroup.single(), num_tokens)
+        return self._sequence
+
+    @contextlib.contextmanager
+    def _projecting_own_tokens(self) -> Iterator[None]:
+        """Within the `with` no more than this rank's tokens are brought to the model's width, as far as that is known to look at
+        each token alone: of all of them that would be the most that a rank of eight holds in a step.
+        """
+        layer, mark = getattr(self._model, "patchify_proj", None), getattr(self._model, _MARK, None)
+        is_known = isinstance(layer, nn.Module) and _is_untouched(layer) and not rounds_by_all_tokens(layer)
+        marks_otherwise = hasattr(self._model, _MARKING) and (mark is None or _MARKING in self._model.__dict__)
+        if not is_known or marks_otherwise:
+            yield
+            return
+        with contextlib.ExitStack() as scope:
+            project = functools.partial(self._project_own_tokens, layer.forward)
+            scope.enter_context(replaced(layer, "forward", project))
+            if mark is not None:
+                scope.enter_context(
+                    replaced(self._model, _MARK, lambda *args, **kwargs: mark(*args, **kwargs)[:, self.sequence.local])
+                )
+            yield
+
+    def _project_own_tokens(self, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return original(x[:, self._cut_sequence(x.shape[1]).local].contiguous())
 
     def prepare_timestep(
         self, original: Callable[..., Any], timestep: Tensor, batch_size: int, hidden_dtype: torch.dtype, **kwargs: Any

@@ -19,7 +19,7 @@ CHUNK_MULTIPLE = 64
 AUTOMATIC = 0  # of every feed-forward, as someone has asked for;
 SAVING = -1  # of those that no patch can look at all tokens in;
 UNASKED = -2  # and of these where no layer makes its weight anew at each call.
-AUTOMATIC_INNER_BYTES = 128 * 2**20  # 4096 tokens of LTX-2 in bfloat16, large matrices still
+AUTOMATIC_INNER_BYTES = 64 * 2**20  # 2048 tokens of LTX-2 in bfloat16, large matrices still
 # The key in ComfyUI's transformer options under which a model says in how many chunks.
 CHUNKS_OPTION = "rayltx_feed_forward_chunks"
 
@@ -31,7 +31,7 @@ def chunk_tokens(num_tokens: int, chunks: int) -> int:
 
 
 def automatic_chunks(num_tokens: int, width: int, element_bytes: int) -> int:
-    """As few chunks as keep the inner activation under 128 MiB. width: times the rows of the batch."""
+    """As few chunks as keep the inner activation under 64 MiB. width: times the rows of the batch."""
     return max(1, -(-num_tokens * 4 * width * element_bytes // AUTOMATIC_INNER_BYTES))
 
 

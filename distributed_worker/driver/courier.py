@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from rayltx.distributed_worker.driver.protocol import (
     LetGo,
     NotAnswered,
     Running,
+    Serve,
     Started,
     StartRay,
     StartWorker,
@@ -42,7 +44,6 @@ from rayltx.errors import first_line
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 0.02  # for calls that came while others were waited for
 _WATCH_S = 0.5
 _SHUTDOWN_S = 5.0
 _PIPE_CLOSED = "the pipe is closed"
@@ -57,8 +58,7 @@ class Courier:
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._actors: dict[int, Any] = {}
         self._kept: dict[int, Any] = {}
-        self._new = threading.Condition()
-        self._waiting: dict[Any, int] = {}  # calls, by reference
+        self._answers: queue.SimpleQueue[tuple[int, Future[bytes]]] = queue.SimpleQueue()  # of calls that have ended
         self._folder = Path()
         self._is_joined = False  # to a cluster that others have started
 
@@ -74,7 +74,7 @@ class Courier:
             store_bytes = self._start_ray(start)
             address = self._address()
         self._send(Started(store_bytes, address))
-        self._start_thread("answers", self._wait)
+        self._start_thread("answers", self._hand_back)
         self._start_thread("watch", functools.partial(self._watch, _of_ray(), os.getppid()))
         while True:
             self._do(self._requests.get())
@@ -168,7 +168,9 @@ class Courier:
 
         if isinstance(request, CallWorkers):
             for call, worker in request.calls:
-                self._call(call, worker, request)
+                self._call(call, worker, functools.partial(self._asked, request))
+        elif isinstance(request, Serve):
+            self._call(request.call, request.worker, lambda actor: actor.serve.remote())
         elif isinstance(request, StartWorker):
             from rayltx.distributed_worker.driver.actor import RayWorker
 
@@ -194,44 +196,36 @@ class Courier:
             for number in request.kept:
                 self._kept.pop(number, None)
 
-    def _call(self, call: int, worker: int, request: CallWorkers) -> None:
+    def _call(self, call: int, worker: int, ask: Callable[[Any], Any]) -> None:
+        """ask: asks an actor, and gives what Ray gives for the answer."""
         actor = self._actors.get(worker)
         try:
             if actor is None:
                 raise LookupError("the worker was ended")
-            kept = [self._kept[number] for number in request.kept]
-            if request.keep_as is None:
-                answer = actor.run.remote(request.payload, *kept)
-            else:
-                answer, self._kept[request.keep_as] = actor.run_and_keep.options(num_returns=2).remote(
-                    request.payload, *kept
-                )
+            # What is called back keeps the answer, and runs in a thread of Ray's, which nothing may hold up.
+            ask(actor).future().add_done_callback(lambda answer: self._answers.put((call, answer)))
         except Exception as error:  # whatever Ray raises for what it cannot send
             logger.exception("a call could not be handed on")
             self._send(NotAnswered(call, _told(error)))
-            return
-        with self._new:
-            self._waiting[answer] = call
-            self._new.notify()
+
+    def _asked(self, request: CallWorkers, actor: Any) -> Any:
+        kept = [self._kept[number] for number in request.kept]
+        if request.keep_as is None:
+            return actor.run.remote(request.payload, *kept)
+        answer, self._kept[request.keep_as] = actor.run_and_keep.options(num_returns=2).remote(request.payload, *kept)
+        return answer
 
     # ---- answers
 
-    def _wait(self) -> None:
+    def _hand_back(self) -> None:
         import ray
 
         while True:
-            with self._new:
-                while not self._waiting:
-                    self._new.wait()
-                waiting = list(self._waiting)
-            ready, _ = ray.wait(waiting, num_returns=1, timeout=_LOOK_AGAIN_S)
-            for reference in ready:
-                with self._new:
-                    call = self._waiting.pop(reference)
-                try:
-                    self._send(Answered(call, ray.get(reference)))
-                except ray.exceptions.RayError as error:
-                    self._send(NotAnswered(call, first_line(error)))
+            call, answer = self._answers.get()
+            try:
+                self._send(Answered(call, answer.result()))
+            except ray.exceptions.RayError as error:
+                self._send(NotAnswered(call, first_line(error)))
 
     def _send(self, message: object) -> None:
         with self._sending, contextlib.suppress(OSError):  # the other end is gone: the reading thread ends this

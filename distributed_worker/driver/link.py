@@ -24,6 +24,7 @@ import numpy as np
 from rayltx.about import python_path
 from rayltx.distributed_worker.driver import protocol
 from rayltx.distributed_worker.driver.kept import Kept
+from rayltx.distributed_worker.driver.line import MOST_BYTES, Line
 from rayltx.distributed_worker.driver.package import copy_package
 from rayltx.distributed_worker.driver.processes import (
     RAYS_OWN,
@@ -45,6 +46,7 @@ _SILENT_S = 60.0  # without a sign of life, after which the courier is taken for
 _LOOK_S = 1.0
 _JOIN_LIMIT_S = 30.0
 _LOG = "courier.log"
+_LINE_BROKE = "its line to this process broke"
 # Without the working directory on its search path, which is ComfyUI's, and the workers' too: paths may be relative to it.
 _COURIER = "import sys; sys.path[:] = filter(None, sys.path); from rayltx.distributed_worker.driver.courier import main; main()"
 RAY_ENDED = "Ray ended: "  # how the failure of each call begins that went with it
@@ -55,9 +57,11 @@ class Answer:
     """What a call will give."""
 
     call: int
+    worker: int
     payload: bytes | None = None
     failure: str | None = None  # why there is no payload, nor will be
     asked: object = None  # keeps what was asked, and what it shares, until it has been answered
+    by_line: bool = False  # see `driver.line`
 
     @property
     def is_done(self) -> bool:
@@ -76,7 +80,9 @@ class _Run:
     address: str = ""  # of this machine among Ray's nodes, when Ray has started
     answers: dict[int, Answer] = field(default_factory=dict)
     released: deque[int] = field(default_factory=deque)  # numbers to let go of; finalizers may come at any moment
-    sending: Any = field(default_factory=threading.Lock)
+    sending: Any = field(default_factory=threading.RLock)
+    lines: dict[int, Line] = field(default_factory=dict)  # by worker
+    serving: dict[int, Line] = field(default_factory=dict)  # by the calls that have workers read them
     ended: str | None = None  # why
     heard: int = 0  # messages
     stuck: str = ""  # why it was killed, if it was
@@ -183,6 +189,8 @@ class RayDriver:
         run.process.wait()
         with run.sending:  # another thread may be about to send
             run.connection.close()
+            for line in run.lines.values():
+                line.close()
         run.socket.close()
         remove_folder(run.folder)
 
@@ -200,43 +208,74 @@ class RayDriver:
 
         rank, num_ranks: by which its machine is chosen where there are several. arguments: of `RayWorker`.
         """
-        number = next(self._numbers)
-        self._send(self._run, protocol.StartWorker(number, rank, num_ranks, arguments, environment, resources))
+        run, number = self._run, next(self._numbers)
+        if self.shares_memory:
+            line = run.lines[number] = Line(number, run.folder / f"line-{number}")
+            arguments = (*arguments, str(line.path))
+        self._send(run, protocol.StartWorker(number, rank, num_ranks, arguments, environment, resources))
         return number
 
     def end_worker(self, worker: int) -> None:
         """End a worker's process, whatever it is doing."""
-        self._send(self._run, protocol.EndWorker(worker))
+        run = self._run
+        if (line := run.lines.get(worker)) is not None:
+            line.is_let_go = True
+        self._send(run, protocol.EndWorker(worker))
 
     def call(self, worker: int, asked: object) -> Answer:
         """Have a worker run a call after what it is doing. asked: a `Call`."""
         return self._call([worker], asked)[0]
 
-    def call_each(self, workers: Sequence[int], asked: object) -> list[Answer]:
-        """Have several workers run the same call, which is pickled and sent once. Returns an answer of each."""
-        return self._call(workers, asked)
+    def call_each(self, workers: Sequence[int], asked: object, by_line: bool = False) -> list[Answer]:
+        """Have several workers run the same call, which is pickled once. Returns an answer of each.
+
+        by_line: the short way, where it can be had: for what is asked again and again.
+        """
+        return self._call(workers, asked, by_line=by_line)
 
     def call_and_keep(self, worker: int, asked: object) -> tuple[Answer, Kept]:
         """The same, with what the call gives kept in Ray's store; the answer says whether it gave it."""
         kept = Kept(self._run, next(self._numbers))
         return self._call([worker], asked, kept)[0], kept
 
-    def _call(self, workers: Sequence[int], asked: object, keep_as: Kept | None = None) -> list[Answer]:
+    def _call(
+        self, workers: Sequence[int], asked: object, keep_as: Kept | None = None, by_line: bool = False
+    ) -> list[Answer]:
         run = self._run
-        answers = [Answer(next(self._numbers), asked=asked) for _ in workers]
+        answers = [Answer(next(self._numbers), worker, asked=asked) for worker in workers]
         stale, payload, kept = self._dump(run, asked)
-        with self._changed:
-            reason = f"{RAY_ENDED}{run.ended}" if run.ended else "what Ray kept is gone" if stale else None
-            for answer in answers:
-                if reason is None:
-                    run.answers[answer.call] = answer
-                else:
-                    answer.failure, answer.asked = reason, None
-        if reason is None:
-            calls = tuple((answer.call, worker) for answer, worker in zip(answers, workers))
-            number = None if keep_as is None else keep_as.number
-            self._send(run, protocol.CallWorkers(calls, payload, kept, number))
+        with run.sending:
+            with self._changed:
+                reason = f"{RAY_ENDED}{run.ended}" if run.ended else "what Ray kept is gone" if stale else None
+                is_small = not kept and keep_as is None and len(payload) <= MOST_BYTES
+                lines = _idle_lines(run, workers) if by_line and is_small and reason is None else []
+                for answer in answers:
+                    if reason is None:
+                        answer.by_line = bool(lines)
+                        run.answers[answer.call] = answer
+                    else:
+                        answer.failure, answer.asked = reason, None
+            if lines:
+                self._ask_by_line(run, lines, payload)
+            elif reason is None:
+                calls = tuple((answer.call, worker) for answer, worker in zip(answers, workers))
+                number = None if keep_as is None else keep_as.number
+                self._ask_by_ray(run, workers, protocol.CallWorkers(calls, payload, kept, number))
         return answers
+
+    def _ask_by_line(self, run: _Run, lines: Sequence[Line], payload: bytes) -> None:
+        for line in lines:
+            if line.serve_call is None:
+                line.serve_call = next(self._numbers)
+                run.serving[line.serve_call] = line
+                self._send(run, protocol.Serve(line.serve_call, line.worker))
+            line.ask(payload)
+
+    def _ask_by_ray(self, run: _Run, workers: Sequence[int], call: protocol.CallWorkers) -> None:
+        for worker in workers:
+            if (line := run.lines.get(worker)) is not None:
+                line.call_back()
+        self._send(run, call)
 
     def _dump(self, run: _Run, asked: object) -> tuple[bool, bytes, tuple[int, ...]]:
         payload, kept = dump_call(asked)
@@ -291,11 +330,36 @@ class RayDriver:
             run.stuck = f"its driver's process says nothing for {silent_s:.0f} s"
             run.process.kill()
 
+    def _can_read(self, run: _Run) -> bool:
+        """Wait for the courier, and take what comes by lines. Returns whether the courier says something."""
+        for line in [line for line in list(run.lines.values()) if line.is_let_go]:
+            with run.sending:
+                run.lines.pop(line.worker).close()
+        lines = {line.waits_for: line for line in list(run.lines.values())}
+        ready = multiprocessing.connection.wait([run.connection, *lines], _LET_GO_S)
+        for waited_for, line in lines.items():
+            if waited_for in ready:
+                self._read_line(run, line)
+        return run.connection in ready
+
+    def _read_line(self, run: _Run, line: Line) -> None:
+        try:
+            payload = line.read()
+        except (EOFError, OSError):
+            line.is_let_go = True  # Ray says why
+            return
+        if payload is not None:
+            with self._changed:
+                for answer in [each for each in run.answers.values() if each.by_line and each.worker == line.worker]:
+                    del run.answers[answer.call]
+                    answer.payload, answer.asked = payload, None
+                self._changed.notify_all()
+
     def _read(self, run: _Run) -> None:
         reason = ""
         try:
             while True:
-                while not run.connection.poll(_LET_GO_S):
+                while not self._can_read(run):
                     if run.released:
                         self._send(run)
                 message = run.connection.recv()
@@ -308,6 +372,11 @@ class RayDriver:
                 with self._changed:
                     if isinstance(message, protocol.Started):
                         run.store_bytes, run.address = message.store_bytes, message.address
+                    elif (line := run.serving.pop(message.call, None)) is not None:
+                        if line.serve_call == message.call:  # though nobody called it back
+                            line.is_let_go = True
+                            reason_of_it = message.reason if isinstance(message, protocol.NotAnswered) else _LINE_BROKE
+                            _fail_by_line(run, line, reason_of_it)
                     elif (answer := run.answers.pop(message.call, None)) is not None:
                         answer.asked = None
                         if isinstance(message, protocol.Answered):
@@ -326,6 +395,19 @@ class RayDriver:
         if run.ended is None:
             logger.warning("%s%s", RAY_ENDED, reason)
         self._end(run, reason)
+
+
+def _idle_lines(run: _Run, workers: Sequence[int]) -> list[Line]:
+    """Of these workers, if all have one, and nothing to do: their sockets are empty then. Else none."""
+    lines = [line for worker in workers if (line := run.lines.get(worker)) is not None and line.is_up]
+    is_idle = not any(answer.worker in workers for answer in run.answers.values())
+    return lines if is_idle and len(lines) == len(workers) else []
+
+
+def _fail_by_line(run: _Run, line: Line, reason: str) -> None:
+    for answer in [each for each in run.answers.values() if each.by_line and each.worker == line.worker]:
+        del run.answers[answer.call]
+        answer.failure, answer.asked = reason, None
 
 
 def _environment(folder: Path, is_local: bool) -> dict[str, str]:

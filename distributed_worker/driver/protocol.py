@@ -57,6 +57,14 @@ class CallWorkers:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """A worker is to read its line (see `driver.line`). Answered when it was called back."""
+
+    call: int
+    worker: int
+
+
+@dataclass(frozen=True)
 class Keep:
     """Put bytes into Ray's store."""
 

@@ -82,22 +82,32 @@ def test_dequant_compares_with_a_checkout(tmp_path):
 
 
 def test_the_ways_that_are_compared_give_one_answer(ranks):
-    found = ranks.run(2, answers, 37, 9, 2)
-    alone = found[0]["alone"]
+    found = ranks.run(2, answers, 37, 9, 11, 2)
+    video, sound = found[0]["alone"]
     for name in WAYS:
-        together = torch.cat([each[name] for each in found], dim=1)[:, :37]
-        assert relative_error(together, alone) <= 2e-6, name
+        together = torch.cat([each[name][0] for each in found], dim=1)[:, :37]
+        assert relative_error(together, video) <= 2e-6, name
+        heard = [each[name][1] for each in found]
+        if heard[0].shape != sound.shape:  # a part on each rank
+            heard = [torch.cat(heard, dim=1)[:, :11]]
+        assert all(relative_error(each, sound) <= 2e-6 for each in heard), name
 
 
 def test_compare_counts_what_each_way_moves_at_least():
     samples, _ = reported("compare", "--ranks", "3,4", "--width", 256, "--height", 256, "--frames", 25)
-    tokens, width, element_bytes, text = 4 * 8 * 8, 4096, 2, 1024
+    tokens, width, element_bytes, text, sound, sounds_width = 4 * 8 * 8, 4096, 2, 1024, 26, 2048
 
     def elements(ranks, way):
         return samples[f"received on one of {ranks} ranks"][way][0] * 2**20 / element_bytes
 
-    local = tokens // 4
-    assert elements(4, "RayLTX") == 4 * local * width * 3 / 4
-    assert elements(4, "six exchanged and padded") == (6 * local + 2 * text // 4) * width * 3 / 4
-    assert elements(4, "keys and values gathered") == 2 * local * width * 3
-    assert "six exchanged and padded" not in samples["received on one of 3 ranks"], "3 does not divide the heads"
+    local, minimum = tokens // 4, 4 * (tokens // 4) * width * 3 / 4
+    of_sound = 2 * local * sounds_width * 3 / 4  # the video's keys and values
+    padded_sound = 2 * 7 * sounds_width * 3 / 4  # queries and output
+    assert minimum < elements(4, "RayLTX") < minimum + of_sound
+    assert (
+        elements(4, "all traded and padded")
+        == minimum + (2 * local + 2 * text // 4) * width * 3 / 4 + of_sound + padded_sound
+    )
+    assert elements(4, "traded, text and sound whole") == minimum + of_sound + 3 * sound * sounds_width / 4
+    assert elements(4, "keys and values gathered") == 2 * local * (width + sounds_width) * 3
+    assert "all traded and padded" not in samples["received on one of 3 ranks"], "3 does not divide the heads"

@@ -107,8 +107,14 @@ def test_a_courier_that_hangs_is_taken_for_ended(model, monkeypatch, caplog, is_
         os.kill(session, signal.SIGSTOP)
         if is_sending:
             cluster.driver.keep(np.zeros(2**24, np.uint8))  # more than the pipe takes
+        # Meanwhile steps go on, which do not go by it, until it is ended, with all that it has started.
+        _wait_for(
+            lambda: (
+                torch.equal(remote.forward(inputs, TWO)["video"], before["video"])
+                and "its driver's process says nothing for 5 s" in caplog.text
+            )
+        )
         assert torch.equal(remote.forward(inputs, TWO)["video"], before["video"])
-        assert "its driver's process says nothing for 5 s" in caplog.text
         assert processes.processes_of(session) == []
 
 

@@ -1,0 +1,89 @@
+"""The short way to a worker of this machine: a socket between it and ComfyUI's process, beside the courier and Ray.
+
+A call through Ray passes four processes, which takes longer than the rest of a small step. So a worker that is to run steps is
+told, through Ray, to read its line: a call of `RayWorker.serve`, which goes on until it reads that it is to come back. What is
+asked through the line meanwhile and what is asked through Ray afterwards are so run in the order in which they were asked, all
+by one thread; and that the worker's process has ended, Ray says of the call that was to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+# What a socket takes whatever its reader does (net.core.wmem_default is 208 KiB, of which a part is the kernel's own): who sends
+# is never kept waiting. Larger calls go through Ray.
+MOST_BYTES = 64 * 2**10
+_COME_BACK = b""
+
+
+class Line:
+    """The end of ComfyUI's process, of one worker's line. path: of a socket that does not exist yet."""
+
+    def __init__(self, worker: int, path: Path) -> None:
+        self.worker, self.path = worker, path
+        self.serve_call: int | None = None  # that has the worker read it, until it is called back
+        self.is_let_go = False
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._connection: Connection | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the worker has come to it."""
+        return self._connection is not None and not self.is_let_go
+
+    @property
+    def waits_for(self) -> Connection | socket.socket:
+        """What becomes readable when `read` has something to do."""
+        return self._connection or self._listener
+
+    def ask(self, payload: bytes) -> None:
+        """Send a call to a worker that reads its line. At most `MOST_BYTES`."""
+        self._send(payload)
+
+    def call_back(self) -> None:
+        """The worker is to read no further, if it does."""
+        if self.serve_call is not None:
+            self.serve_call = None
+            self._send(_COME_BACK)
+
+    def _send(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # the worker is gone, which Ray says
+            if self._connection is not None:
+                self._connection.send_bytes(data)
+
+    def read(self) -> bytes | None:
+        """An answer, where there is one. Raises EOFError or OSError when the worker is gone."""
+        if self._connection is None:
+            connection, _ = self._listener.accept()
+            self._connection = Connection(connection.detach())
+            return None
+        return self._connection.recv_bytes()
+
+    def close(self) -> None:
+        """By who reads it: nobody may wait for what is closed."""
+        self._listener.close()
+        if self._connection is not None:
+            self._connection.close()
+        self.path.unlink(missing_ok=True)
+
+
+class WorkerLine:
+    """The worker's end."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError where there is no such line."""
+        end = socket.socket(socket.AF_UNIX)
+        end.connect(path)
+        self._connection = Connection(end.detach())
+
+    def serve(self, answer: Callable[[bytes], bytes]) -> None:
+        """Answer what is asked until called back, or until the other end is gone."""
+        with contextlib.suppress(EOFError, OSError):
+            while (payload := self._connection.recv_bytes()) != _COME_BACK:
+                self._connection.send_bytes(answer(payload))
