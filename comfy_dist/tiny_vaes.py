@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,10 +48,13 @@ _CLASSES = {
 }
 
 
-def video_vae_model(kind: str) -> Any:
-    """The model of a VAE of VIDEO_VAES, with seeded weights."""
+def video_vae_model(kind: str, decoder: Mapping[str, Any] = {}) -> Any:
+    """The model of a VAE of VIDEO_VAES, with seeded weights. decoder: in the place of what its configuration says of that."""
     module, name = _CLASSES["diffusion" if kind == "diffusion" else "convolutions"]
-    model = getattr(importlib.import_module(module), name)(config=VIDEO_VAES[kind])
+    config = VIDEO_VAES[kind]
+    if decoder:
+        config = {**config, "decoder": {**config["decoder"], **decoder}}
+    model = getattr(importlib.import_module(module), name)(config=config)
     randomise(model, 0)
     with torch.no_grad():
         last = model.decoder.conv_out if kind == "diffusion" else model.decoder.conv_out.conv

@@ -26,6 +26,10 @@ from rayltx.errors import InputError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
 
+# Heads as wide as the real one's: with narrower ones the masks of its windows, which are made for all heads at once, would take most.
+_DECODERS = {"diffusion": {"head_dim": 64, "stage_channels": [512, 256, 128, 128, 64]}}
+
+
 @dataclass(frozen=True)
 class DecodeOptions:
     kind: str
@@ -58,7 +62,7 @@ def _measure(group: SequenceParallelGroup, options: DecodeOptions, shape: Latent
     from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs, decode_slab
     from rayltx.diffusion_models.lightricks.relative_error import relative_error
 
-    model = video_vae_model(options.kind)
+    model = video_vae_model(options.kind, _DECODERS.get(options.kind, {}))
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(1, 128, shape.frames, shape.height, shape.width, generator=generator)
     slabs = Slabs.of(model, latent.shape, group)
