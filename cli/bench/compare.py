@@ -151,8 +151,8 @@ def _for_sound(x: Tensor, of: LayerInput) -> tuple[Tensor, Tensor]:
 def _ours(group: SequenceParallelGroup, of: LayerInput) -> tuple[Tensor, Tensor]:
     sequence = ShardedSequence.of(group, of.num_tokens)
     exchange = sequence.self_exchange(_H, 1)
-    value, query, key = (exchange.send(_heads(linear(of.video, of.weight))) for _ in range(3))
-    x = of.video + linear(exchange.attend(query, key, value, _attend).flatten(2), of.weight)
+    sent_value, sent_query, sent_key = (exchange.send(_heads(linear(of.video, of.weight))) for _ in range(3))
+    x = of.video + linear(exchange.attend(sent_query, sent_key, sent_value, _attend).flatten(2), of.weight)
     x = _with_text(x, of)
     query, (key, value) = _heads(linear(of.sound, of.weight_of_sound)), _for_sound(x, of)
     out = sequence.attend(AttentionRole.VIDEO_TO_AUDIO, query, key, value, _attend)

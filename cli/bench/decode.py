@@ -25,8 +25,7 @@ from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 
-
-# Heads as wide as the real one's: with narrower ones the masks of its windows, which are made for all heads at once, would take most.
+# Heads as wide as the real one's: with narrower ones the masks of its windows, one for all heads, would take most of the time.
 _DECODERS = {"diffusion": {"head_dim": 64, "stage_channels": [512, 256, 128, 128, 64]}}
 
 

@@ -38,6 +38,7 @@ from rayltx.device_copies import DeviceCopies
 from rayltx.diffusion_models.lightricks.comfyui_host import replaced
 from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION, SAVING, UNASKED
+from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.messages import Message, unpack
@@ -67,6 +68,7 @@ class ComfyModel(ComfyHost):
         self._options: dict[str, tuple[Message, Options]] = {}  # as they were sent, and unpacked
         self._packed_objects: Message | None = None  # of the patches that are on
         self._kept_text = KeptText(self._left_bytes)
+        self._kept_tables = KeptTables()
         self._needed_bytes = 0.0  # of the device's memory, by a step, next to the weights
         self._copies: DeviceCopies | None = None  # of what steps are sent, while a run goes on
 
@@ -102,8 +104,9 @@ class ComfyModel(ComfyHost):
                 self._kept_text.forget()
                 self._patcher.patch_hooks(hooks)
             options = self._with_changing(self._options[inputs.options_key][1], inputs)
-            keeps_text = self._has_no_code and not inputs.alone  # the room for it was found for a rank's share
-            with self._shared(group, inputs, options, self._kept_text if keeps_text else None):
+            keeps = self._has_no_code and not inputs.alone  # the room for it was found for a rank's share
+            kept = (self._kept_text, self._kept_tables) if keeps else (None, None)
+            with self._shared(group, inputs, options, *kept):
                 out = self._call(inputs, options)
             return to_device(out, torch.device("cpu")) if group.rank == 0 else None
 
@@ -128,11 +131,18 @@ class ComfyModel(ComfyHost):
         return self.diffusion_model._forward(**arguments, transformer_options=options)
 
     def _shared(
-        self, group: SequenceParallelGroup, inputs: StepInputs, options: Options, kept_text: KeptText | None = None
+        self,
+        group: SequenceParallelGroup,
+        inputs: StepInputs,
+        options: Options,
+        kept_text: KeptText | None = None,
+        kept_tables: KeptTables | None = None,
     ) -> AbstractContextManager[None]:
         chunks, way = options.get(CHUNKS_OPTION, SAVING if inputs.saves_memory else UNASKED), inputs.way
         as_projected = self._as_projected and not inputs.alone
-        return shared(self.diffusion_model, group, chunks, way.gathered, as_projected, way.rows_apart, kept_text)
+        return shared(
+            self.diffusion_model, group, chunks, way.gathered, as_projected, way.rows_apart, kept_text, kept_tables
+        )
 
     def patch_test(self, group: SequenceParallelGroup, inputs: PatchTestInputs) -> Difference | str:
         step, case = inputs.step, inputs.case
@@ -267,6 +277,7 @@ class ComfyModel(ComfyHost):
     def _let_go_of_inputs(self) -> None:
         """What is kept of a run's inputs, and of what was made of them."""
         self._kept_text.forget()
+        self._kept_tables.forget()
         if self._copies is not None:
             self._copies.clear()
         self._copies = None

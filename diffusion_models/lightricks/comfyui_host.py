@@ -28,6 +28,7 @@ from torch.distributed import ProcessGroup
 from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC, UNASKED, chunked_feed_forward
 from rayltx.diffusion_models.lightricks.guide_masks import self_attention_mask_of
 from rayltx.diffusion_models.lightricks.input_scales import agreed_input_scales, rounds_by_all_tokens
+from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.diffusion_models.lightricks.kept_text import KeptText, is_plain
 from rayltx.diffusion_models.lightricks.projected_exchange import (
     SKIPPED,
@@ -52,12 +53,13 @@ ROLE = "rayltx_role"
 MASK = "rayltx_self_attention_mask"
 PREFERRED = "rayltx_preferred_attention"
 # - `rayltx_index`, on timesteps that ComfyUI keeps compressed: (n,) int64, the row of each token of this rank;
-# - on the model: the methods that `_ShardedForward.wrappers` names; on `patchify_proj`, each `block.ff`, `block.attn1` and the
-#   layers that make the text's keys and values: `forward`;
+# - on the model: the methods that `_ShardedForward.wrappers` names, and the one that makes tables of positions; on
+#   `patchify_proj`, each `block.ff`, `block.attn1` and the layers that make the text's keys and values: `forward`;
 # - forward hooks, on the attention modules (a block's attributes that `AttentionRole` names) and on `proj_out`;
 # - `input_scale` and a forward hook, on NVFP4 layers without one (see `input_scales`).
 
 
+_TABLES = "_precompute_freqs_cis"  # the model's method that makes them of positions
 # LTX-2.5 adds something to the tokens of keyframes, by a method of the model that asks another which they are.
 _MARKING, _MARK = "apply_keyframes_abs_pos_embedding", "keyframes_abs_pos_mask"
 _QUERIES_STAY = (AttentionRole.VIDEO_TEXT, AttentionRole.AUDIO_TO_VIDEO)  # a rank attends with its own queries alone
@@ -77,6 +79,7 @@ def sharded(
     as_projected: bool = True,
     scales_of: SequenceParallelGroup | None = None,
     kept_text: KeptText | None = None,
+    kept_tables: KeptTables | None = None,
 ) -> Iterator[None]:
     """Let a ComfyUI LTX model run on this rank's tokens within the `with`.
 
@@ -88,10 +91,18 @@ def sharded(
     as_projected: let video self-attention that is known send each part as soon as it is projected. On one rank it holds less.
     scales_of: the ranks whose inputs are quantised by one scale; None: the group's.
     kept_text: what is known of the text's keys and values by steps before, of known attention with plain layers.
+    kept_tables: of positions, by the last step; used where the model makes them as its class does.
     Collective: every rank of the group calls the model with the same inputs.
     """
-    forward = _ShardedForward(group, diffusion_model)
+    if _TABLES in diffusion_model.__dict__ or not hasattr(diffusion_model, _TABLES):
+        kept_tables = None
+    forward = _ShardedForward(group, diffusion_model, kept_tables)
     with contextlib.ExitStack() as scope:
+        if kept_tables is not None:
+            scope.enter_context(kept_tables.in_forward())
+            make = getattr(diffusion_model, _TABLES)
+            tables = functools.partial(kept_tables.tables, make, diffusion_model)
+            scope.enter_context(replaced(diffusion_model, _TABLES, tables))
         for name, wrapper in forward.wrappers().items():
             original = getattr(diffusion_model, name, None)
             if original is not None:  # guide masks came later than the rest
@@ -210,8 +221,8 @@ _ABSENT = object()
 class _ShardedForward:
     """The wrappers of the model's methods. Each takes the original first."""
 
-    def __init__(self, group: SequenceParallelGroup, model: Any) -> None:
-        self._group, self._model = group, model
+    def __init__(self, group: SequenceParallelGroup, model: Any, kept_tables: KeptTables | None = None) -> None:
+        self._group, self._model, self._kept_tables = group, model, kept_tables
         self._sequence: ShardedSequence | None = None
         self._override: Callable[..., Tensor] | None = None  # this one's, where there was none before
         self._text_is_read_only = False
@@ -256,7 +267,8 @@ class _ShardedForward:
         """Within the `with` no more than this rank's tokens are brought to the model's width, as far as that is known to look at
         each token alone: of all of them that would be the most that a rank of eight holds in a step.
         """
-        layer, mark = getattr(self._model, "patchify_proj", None), getattr(self._model, _MARK, None)
+        layer: Any = getattr(self._model, "patchify_proj", None)
+        mark = getattr(self._model, _MARK, None)
         is_known = isinstance(layer, nn.Module) and _is_untouched(layer) and not rounds_by_all_tokens(layer)
         marks_otherwise = hasattr(self._model, _MARKING) and (mark is None or _MARKING in self._model.__dict__)
         if not is_known or marks_otherwise:
@@ -323,6 +335,8 @@ class _ShardedForward:
         options[OVERRIDE] = functools.partial(self.attend, before)
         self._override = options[OVERRIDE] if before is None else None
         self._text_is_read_only = before is None and not any(options.get(name) for name in _PATCHES_INSIDE)
+        if self._kept_tables is not None and not self._text_is_read_only:
+            self._kept_tables.forget()  # a patch can write to them
         return original(*args, transformer_options=options, **kwargs)
 
     def attend(

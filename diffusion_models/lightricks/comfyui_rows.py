@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rayltx.diffusion_models.lightricks.comfyui_host import replaced, sharded
 from rayltx.diffusion_models.lightricks.feed_forward import UNASKED
+from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.sequence_parallel.batch_rows import RowShare
 from rayltx.sequence_parallel.group import SequenceParallelGroup
@@ -39,6 +40,7 @@ def shared(
     as_projected: bool = True,
     rows_apart: bool = True,
     kept_text: KeptText | None = None,
+    kept_tables: KeptTables | None = None,
 ) -> Iterator[None]:
     """Let a ComfyUI LTX model run on this rank's rows and tokens within the `with`. Otherwise as `sharded`.
 
@@ -46,7 +48,9 @@ def shared(
     """
 
     def on_tokens(of_rows: SequenceParallelGroup) -> contextlib.AbstractContextManager[None]:
-        return sharded(diffusion_model, of_rows, feed_forward_chunks, gathered, as_projected, group, kept_text)
+        return sharded(
+            diffusion_model, of_rows, feed_forward_chunks, gathered, as_projected, group, kept_text, kept_tables
+        )
 
     if not group.row_groups or not rows_apart:
         with on_tokens(group):
