@@ -13,6 +13,7 @@ from rayltx.comfy_dist.comfy_environment import ComfyEnvironment, user_folder
 from rayltx.comfy_dist.comfy_host import COMFY_HOST
 from rayltx.comfy_dist.main_process.attention_names import attention_arguments
 from rayltx.comfy_dist.main_process.placement import Placement
+from rayltx.comfy_dist.main_process.told_plan import tell_plan_ahead
 from rayltx.devices import CPU, KINDS, kind_of
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.driver.protocol import LOCAL
@@ -184,6 +185,7 @@ def start_workers(**widgets: Any) -> Placement:
     before = Cluster.current()
     if Cluster.start(placement.request) is not before:
         logger.info("%s", log_line(placement.request))
+        tell_plan_ahead(placement)
     return placement
 
 

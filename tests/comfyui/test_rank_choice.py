@@ -269,6 +269,7 @@ def test_the_plan_is_told_when_cards_load_a_model(loaded, monkeypatch, caplog):
 
     _, twin = loaded("LTX-2.3")
     link = twin.link
+    monkeypatch.setattr(ClusterRequest, "gpu_names", lambda self: ())  # of another machine
     told = []
     for on_cpu, config in ((True, ParallelConfig(2)), (False, ParallelConfig()), (False, ParallelConfig(2))):
         monkeypatch.setattr(ClusterRequest, "on_cpu", on_cpu)
@@ -279,3 +280,30 @@ def test_the_plan_is_told_when_cards_load_a_model(loaded, monkeypatch, caplog):
         told.append([each for each in caplog.messages if each.startswith("a step of 121 frames of 1280x704")])
     assert told[:2] == [[], []], "nothing is measured of a CPU's workers, or of one"
     assert len(told[2]) == 1 and f"{link.cluster.group.link_report.exchange.bytes_per_s / 1e9:.1f} GB/s" in told[2][0]
+
+
+def test_the_plan_is_told_ahead_by_what_was_measured_before(loaded, monkeypatch, caplog, tmp_path):
+    from rayltx.comfy_dist.main_process import told_plan
+
+    _, twin = loaded("LTX-2.3")
+    link = twin.link
+    monkeypatch.setattr(told_plan, "user_folder", lambda: tmp_path)
+    monkeypatch.setattr(ClusterRequest, "gpu_names", lambda self: ("card of a test", "card of a test"))
+    placement = dataclasses.replace(link.placement, config=ParallelConfig(2))
+
+    def told():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "rayltx"):
+            told_plan.tell_plan_ahead(placement)
+        return caplog.text
+
+    assert told() == "", "workers on the CPU"
+    monkeypatch.setattr(ClusterRequest, "on_cpu", False)
+    ahead = told()
+    assert "with LTX-2, weights aside, a step of 121 frames" in ahead and "assumed until a model is loaded" in ahead
+    told_plan.tell_plan(link.cluster, placement, twin.model.diffusion_model, link.remote.source.weight_bytes)
+    ahead = told()
+    link_told = f"{link.cluster.group.link_report.exchange.bytes_per_s / 1e9:.1f} GB/s between them (measured before)"
+    assert link_told in ahead
+    (tmp_path / "cards.json").write_text('{"card of a test, card of a test": {"flops": 1}}')
+    assert "assumed until a model is loaded" in told(), "of another version"
