@@ -106,6 +106,8 @@ class ComfyModel(ComfyHost):
             options = self._with_changing(self._options[inputs.options_key][1], inputs)
             keeps = self._has_no_code and not inputs.alone  # the room for it was found for a rank's share
             kept = (self._kept_text, self._kept_tables) if keeps else (None, None)
+            if not keeps:
+                self._kept_tables.forget()  # next to those that the step makes
             with self._shared(group, inputs, options, *kept):
                 out = self._call(inputs, options)
             return to_device(out, torch.device("cpu")) if group.rank == 0 else None
@@ -250,6 +252,7 @@ class ComfyModel(ComfyHost):
         if (load.run, load.weight_budget) == self._loaded_for and self._is_loaded():
             return
         self._kept_text.forget()
+        self._kept_tables.forget()
         if load.weight_budget != self._patcher.weight_budget and self._patcher.loaded_size() > 0:
             self.unload()  # ComfyUI would leave a model that is loaded as it is
         self._patcher.weight_budget = load.weight_budget

@@ -94,7 +94,8 @@ def sharded(
     kept_tables: of positions, by the last step; used where the model makes them as its class does.
     Collective: every rank of the group calls the model with the same inputs.
     """
-    if _TABLES in diffusion_model.__dict__ or not hasattr(diffusion_model, _TABLES):
+    if kept_tables is not None and (_TABLES in diffusion_model.__dict__ or not _is_comfyuis(diffusion_model, _TABLES)):
+        kept_tables.forget()
         kept_tables = None
     forward = _ShardedForward(group, diffusion_model, kept_tables)
     with contextlib.ExitStack() as scope:
@@ -190,6 +191,13 @@ def _makes_its_weight(layer: nn.Module, device: torch.device) -> bool:
     return is_elsewhere or any(getattr(layer, name, None) for name in names)
 
 
+def _is_comfyuis(model: Any, name: str) -> bool:
+    """Whether all that the model's classes have of a method stands in ComfyUI's code, and something does."""
+    found = [vars(each)[name] for each in type(model).__mro__ if name in vars(each)]
+    origins = [getattr(method, "__globals__", {}).get("__name__", "") for method in found]
+    return bool(found) and all(origin.startswith("comfy.") for origin in origins)
+
+
 def _is_untouched(module: nn.Module) -> bool:
     """Whether a module computes what a class of ComfyUI's, torch's or ours says, and nobody else looks on."""
     own = module.__dict__
@@ -244,7 +252,7 @@ class _ShardedForward:
     def process_input(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Keep this rank's tokens and positions, before any table is made of them."""
         self._sequence = None
-        with self._projecting_own_tokens():
+        with self._projecting_own_tokens(original):
             tokens, coordinates, additional = original(*args, **kwargs)
         video = tokens[0] if isinstance(tokens, (list, tuple)) else tokens
         if self._sequence is None:
@@ -263,15 +271,19 @@ class _ShardedForward:
         return self._sequence
 
     @contextlib.contextmanager
-    def _projecting_own_tokens(self) -> Iterator[None]:
-        """Within the `with` no more than this rank's tokens are brought to the model's width, as far as that is known to look at
-        each token alone: of all of them that would be the most that a rank of eight holds in a step.
+    def _projecting_own_tokens(self, process_input: Callable[..., Any]) -> Iterator[None]:
+        """Within the `with` no more than this rank's tokens are brought to the model's width, where all that looks at them is
+        ComfyUI's: of all of them that would be the most that a rank of eight holds in a step.
         """
-        layer: Any = getattr(self._model, "patchify_proj", None)
-        mark = getattr(self._model, _MARK, None)
+        model = self._model
+        layer: Any = getattr(model, "patchify_proj", None)
+        mark = getattr(model, _MARK, None)
         is_known = isinstance(layer, nn.Module) and _is_untouched(layer) and not rounds_by_all_tokens(layer)
-        marks_otherwise = hasattr(self._model, _MARKING) and (mark is None or _MARKING in self._model.__dict__)
-        if not is_known or marks_otherwise:
+        is_methods = getattr(process_input, "__self__", None) is model and _is_comfyuis(model, "_process_input")
+        marks_as_known = not hasattr(model, _MARKING) or all(
+            name not in model.__dict__ and _is_comfyuis(model, name) for name in (_MARKING, _MARK)
+        )
+        if not (is_known and is_methods and marks_as_known):
             yield
             return
         with contextlib.ExitStack() as scope:
@@ -279,7 +291,7 @@ class _ShardedForward:
             scope.enter_context(replaced(layer, "forward", project))
             if mark is not None:
                 scope.enter_context(
-                    replaced(self._model, _MARK, lambda *args, **kwargs: mark(*args, **kwargs)[:, self.sequence.local])
+                    replaced(model, _MARK, lambda *args, **kwargs: mark(*args, **kwargs)[:, self.sequence.local])
                 )
             yield
 

@@ -48,6 +48,8 @@ class KeptTables:
         make: the model's own method, which nobody has replaced. What it takes of the model are attributes that hold a number, a
         word, a list of them or a function.
         """
+        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            return make(positions, *args, **kwargs)
         own = {name: value for name, value in vars(model).items() if not name.startswith("_") and _is_plain(value)}
         made_of = (repr(args), repr(sorted(kwargs.items())), tuple(sorted((k, _as_key(v)) for k, v in own.items())))
         for kept in self._kept:

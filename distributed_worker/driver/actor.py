@@ -13,7 +13,7 @@ class RayWorker:
         from rayltx.distributed_worker.worker import Worker
 
         self._worker = Worker(device, num_threads, shared_folder)
-        self._line = WorkerLine(line) if line else None
+        self._line = WorkerLine.to(line)
 
     def run(self, payload: bytes, *kept: object) -> bytes:
         """Run a call of `messages.dump_call`. Returns a pickled Outcome."""

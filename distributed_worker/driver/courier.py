@@ -111,6 +111,7 @@ class Courier:
         _stay_on_loopback()
         host, _, port = settings.dashboard.rpartition(":")
         dashboard = {"dashboard_host": host, "dashboard_port": int(port)} if host else {}
+        _start_no_more_than_is_used(with_dashboard=bool(dashboard))
         ray.init(
             address=LOCAL,
             include_dashboard=bool(dashboard),
@@ -268,6 +269,19 @@ def _stay_on_loopback() -> None:
     from ray._private import services
 
     services.resolve_ip_for_localhost = lambda host: host
+
+
+def _start_no_more_than_is_used(with_dashboard: bool) -> None:
+    """Let Ray leave out what is for other uses of it: what asks a cloud for machines, what sends logs to its driver, and what
+    serves a dashboard and its jobs. Each is an interpreter, with its memory and its time at the start.
+
+    Ray has options for the first two that `ray.init` does not take, and starts the last without a dashboard too.
+    """
+    from ray._private.node import Node
+
+    for name in ("start_monitor", "start_log_monitor", *([] if with_dashboard else ["start_api_server"])):
+        if hasattr(Node, name):
+            setattr(Node, name, lambda node, *args, **kwargs: None)
 
 
 def _of_ray() -> dict[str, psutil.Process]:

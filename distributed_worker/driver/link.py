@@ -61,7 +61,7 @@ class Answer:
     payload: bytes | None = None
     failure: str | None = None  # why there is no payload, nor will be
     asked: object = None  # keeps what was asked, and what it shares, until it has been answered
-    by_line: bool = False  # see `driver.line`
+    serve_call: int | None = None  # that has the worker read what was asked by line
 
     @property
     def is_done(self) -> bool:
@@ -149,6 +149,7 @@ class RayDriver:
             run.ended = run.ended or "it was closed"
         with contextlib.suppress(OSError):  # closing it would leave the thread that reads it, and the pipe open
             run.socket.shutdown(socket.SHUT_RDWR)
+        _let_go_of_lines(run)
         run.reader.join()
 
     def _start(self) -> _Run:
@@ -189,8 +190,8 @@ class RayDriver:
         run.process.wait()
         with run.sending:  # another thread may be about to send
             run.connection.close()
-            for line in run.lines.values():
-                line.close()
+            while run.lines:
+                run.lines.popitem()[1].close()
         run.socket.close()
         remove_folder(run.folder)
 
@@ -210,17 +211,31 @@ class RayDriver:
         """
         run, number = self._run, next(self._numbers)
         if self.shares_memory:
-            line = run.lines[number] = Line(number, run.folder / f"line-{number}")
-            arguments = (*arguments, str(line.path))
+            arguments = (*arguments, self._begin_line(run, number))
         self._send(run, protocol.StartWorker(number, rank, num_ranks, arguments, environment, resources))
         return number
+
+    def _begin_line(self, run: _Run, worker: int) -> str:
+        """The path of a worker's line; "" where it can have none."""
+        with run.sending:
+            if run.ended is not None:
+                return ""
+            try:
+                line = Line(worker, run.folder / f"line-{worker}")
+            except OSError as error:
+                logger.warning(
+                    "steps go to a worker through Ray, as it can have no socket in %s: %s", run.folder, error
+                )
+                return ""
+            run.lines[worker] = line
+            return str(line.path)
 
     def end_worker(self, worker: int) -> None:
         """End a worker's process, whatever it is doing."""
         run = self._run
-        if (line := run.lines.get(worker)) is not None:
-            line.is_let_go = True
         self._send(run, protocol.EndWorker(worker))
+        if (line := run.lines.get(worker)) is not None:
+            line.let_go()
 
     def call(self, worker: int, asked: object) -> Answer:
         """Have a worker run a call after what it is doing. asked: a `Call`."""
@@ -251,24 +266,24 @@ class RayDriver:
                 lines = _idle_lines(run, workers) if by_line and is_small and reason is None else []
                 for answer in answers:
                     if reason is None:
-                        answer.by_line = bool(lines)
                         run.answers[answer.call] = answer
                     else:
                         answer.failure, answer.asked = reason, None
             if lines:
-                self._ask_by_line(run, lines, payload)
+                self._ask_by_line(run, lines, answers, payload)
             elif reason is None:
                 calls = tuple((answer.call, worker) for answer, worker in zip(answers, workers))
                 number = None if keep_as is None else keep_as.number
                 self._ask_by_ray(run, workers, protocol.CallWorkers(calls, payload, kept, number))
         return answers
 
-    def _ask_by_line(self, run: _Run, lines: Sequence[Line], payload: bytes) -> None:
-        for line in lines:
+    def _ask_by_line(self, run: _Run, lines: Sequence[Line], answers: Sequence[Answer], payload: bytes) -> None:
+        for line, answer in zip(lines, answers):
             if line.serve_call is None:
                 line.serve_call = next(self._numbers)
                 run.serving[line.serve_call] = line
                 self._send(run, protocol.Serve(line.serve_call, line.worker))
+            answer.serve_call = line.serve_call
             line.ask(payload)
 
     def _ask_by_ray(self, run: _Run, workers: Sequence[int], call: protocol.CallWorkers) -> None:
@@ -329,10 +344,13 @@ class RayDriver:
         if run.ended is None:
             run.stuck = f"its driver's process says nothing for {silent_s:.0f} s"
             run.process.kill()
+            _let_go_of_lines(run)
 
     def _can_read(self, run: _Run) -> bool:
         """Wait for the courier, and take what comes by lines. Returns whether the courier says something."""
         for line in [line for line in list(run.lines.values()) if line.is_let_go]:
+            while line.has_answer and self._read_line(run, line):
+                pass
             with run.sending:
                 run.lines.pop(line.worker).close()
         lines = {line.waits_for: line for line in list(run.lines.values())}
@@ -342,18 +360,22 @@ class RayDriver:
                 self._read_line(run, line)
         return run.connection in ready
 
-    def _read_line(self, run: _Run, line: Line) -> None:
+    def _read_line(self, run: _Run, line: Line) -> bool:
+        """Returns whether there was something."""
         try:
             payload = line.read()
         except (EOFError, OSError):
-            line.is_let_go = True  # Ray says why
-            return
-        if payload is not None:
-            with self._changed:
-                for answer in [each for each in run.answers.values() if each.by_line and each.worker == line.worker]:
-                    del run.answers[answer.call]
-                    answer.payload, answer.asked = payload, None
-                self._changed.notify_all()
+            line.let_go()  # Ray says why
+            return False
+        with self._changed:
+            asked = [
+                each for each in run.answers.values() if each.worker == line.worker and each.serve_call is not None
+            ]
+            for answer in asked if payload is not None else ():
+                del run.answers[answer.call]
+                answer.payload, answer.asked = payload, None
+            self._changed.notify_all()
+        return True
 
     def _read(self, run: _Run) -> None:
         reason = ""
@@ -374,9 +396,10 @@ class RayDriver:
                         run.store_bytes, run.address = message.store_bytes, message.address
                     elif (line := run.serving.pop(message.call, None)) is not None:
                         if line.serve_call == message.call:  # though nobody called it back
-                            line.is_let_go = True
-                            reason_of_it = message.reason if isinstance(message, protocol.NotAnswered) else _LINE_BROKE
-                            _fail_by_line(run, line, reason_of_it)
+                            line.let_go()
+                        # An answer that the worker has given came before this: lines are read first.
+                        is_lost = isinstance(message, protocol.NotAnswered)
+                        _fail_by_line(run, message.call, message.reason if is_lost else _LINE_BROKE)
                     elif (answer := run.answers.pop(message.call, None)) is not None:
                         answer.asked = None
                         if isinstance(message, protocol.Answered):
@@ -397,6 +420,12 @@ class RayDriver:
         self._end(run, reason)
 
 
+def _let_go_of_lines(run: _Run) -> None:
+    """The thread that reads may be waiting for the rest of an answer, of a worker that was stopped in the middle of it."""
+    for line in list(run.lines.values()):
+        line.let_go()
+
+
 def _idle_lines(run: _Run, workers: Sequence[int]) -> list[Line]:
     """Of these workers, if all have one, and nothing to do: their sockets are empty then. Else none."""
     lines = [line for worker in workers if (line := run.lines.get(worker)) is not None and line.is_up]
@@ -404,8 +433,9 @@ def _idle_lines(run: _Run, workers: Sequence[int]) -> list[Line]:
     return lines if is_idle and len(lines) == len(workers) else []
 
 
-def _fail_by_line(run: _Run, line: Line, reason: str) -> None:
-    for answer in [each for each in run.answers.values() if each.by_line and each.worker == line.worker]:
+def _fail_by_line(run: _Run, serve_call: int, reason: str) -> None:
+    """What was asked by a line that the worker reads no more has no answer."""
+    for answer in [each for each in run.answers.values() if each.serve_call == serve_call]:
         del run.answers[answer.call]
         answer.failure, answer.asked = reason, None
 

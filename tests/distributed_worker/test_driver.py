@@ -211,6 +211,11 @@ def test_everything_listens_on_loopback_alone(model):
         assert len(listening) > 4
         assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, listening
         assert {psutil.Process(pid).nice() for pid in own} == {psutil.Process().nice()}
+        commands = [" ".join(psutil.Process(pid).cmdline()) for pid in own]
+        unused = [
+            each for each in commands if any(f"/{name}.py" in each for name in ("monitor", "log_monitor", "dashboard"))
+        ]
+        assert any("gcs_server" in each for each in commands) and unused == []
         token = cluster.driver.folder / "token"
         assert len(token.read_text()) >= 32
         assert (token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == (0o600, 0o700)

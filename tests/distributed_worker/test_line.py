@@ -75,21 +75,46 @@ def test_a_line_is_in_a_folder_of_its_users_own(cluster, numbers):
 def test_what_is_asked_again_and_again_goes_by_line(cluster, numbers):
     for _ in range(3):
         answers = cluster.driver.call_each(numbers, INFO, by_line=True)
-        assert all(answer.by_line for answer in answers)
+        assert all(answer.serve_call is not None for answer in answers)
         assert all(outcome.unwrap() > 0 for outcome in _answered(cluster.driver, answers))
     assert len(cluster.driver._run.serving) == 2  # one call has each worker read on
 
 
 def test_both_ways_are_one_order(cluster, numbers):
-    """What is asked through Ray is run after what was asked by line before, and the other way round."""
+    """What is asked through Ray is run after what was asked by line before, and what is asked after that, after it."""
+    pids = [worker.pid for worker in cluster.workers()]
+    for _ in range(3):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        by_line = cluster.driver.call_each(numbers, ask(Worker.build, "a model", ANSWERING_HOST, None), by_line=True)
+        by_ray = cluster.driver.call_each(numbers, ask(Worker.digest, "a model"))
+        behind = cluster.driver.call_each(
+            numbers, ask(Worker.release, "a model"), by_line=True
+        )  # of workers that are busy
+        last = cluster.driver.call_each(numbers, ask(Worker.digest, "a model"))
+        assert all(answer.serve_call is not None for answer in by_line)
+        assert all(answer.serve_call is None for answer in by_ray + behind + last)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        for outcome in _answered(cluster.driver, by_line + by_ray + behind):
+            outcome.unwrap()
+        for outcome in _answered(cluster.driver, last):
+            with pytest.raises(KeyError):
+                outcome.unwrap()
+
+
+def test_what_was_asked_by_line_of_a_worker_that_was_called_back_is_told_when_it_ends(cluster, numbers):
     remote = cluster.load(open_checkpoint(CHECKPOINT), None, host=ANSWERING_HOST)
-    for number in range(8):
-        sent = {"latent": torch.full((4,), float(number))}
-        assert torch.equal(remote.forward(sent, TWO)["latent"], sent["latent"])
-        by_ray = cluster.driver.call_each(numbers, INFO)
-        behind = cluster.driver.call_each(numbers, INFO, by_line=True)  # of workers that are busy
-        assert not any(answer.by_line for answer in by_ray + behind)
-        assert all(outcome.unwrap() > 0 for outcome in _answered(cluster.driver, by_ray + behind))
+    remote.forward({}, TWO)
+    gone = cluster.workers()[1].pid
+    os.kill(gone, signal.SIGSTOP)
+    by_line = cluster.driver.call_each(numbers, INFO, by_line=True)
+    by_ray = cluster.driver.call_each(numbers, INFO)  # calls both back
+    os.kill(gone, signal.SIGKILL)
+    _wait_for(lambda: all(answer.is_done for answer in by_line + by_ray))
+    assert sorted(answer.payload is None for answer in by_line + by_ray) == [False, False, True, True]
+    assert not cluster.driver._run.answers
+    remote.forward({}, TWO)
     remote.release()
 
 
@@ -113,7 +138,7 @@ def test_a_worker_that_ends_while_it_answers_is_told_by_ray(cluster, numbers):
     gone = cluster.workers()[1].pid
     os.kill(gone, signal.SIGSTOP)
     answers = cluster.driver.call_each(numbers, INFO, by_line=True)
-    assert all(answer.by_line for answer in answers)
+    assert all(answer.serve_call is not None for answer in answers)
     os.kill(gone, signal.SIGKILL)
     _wait_for(lambda: all(answer.is_done for answer in answers))
     assert answers[0].payload is not None
