@@ -264,27 +264,32 @@ class RayDriver:
                 reason = f"{RAY_ENDED}{run.ended}" if run.ended else "what Ray kept is gone" if stale else None
                 is_small = not kept and keep_as is None and len(payload) <= MOST_BYTES
                 lines = _idle_lines(run, workers) if by_line and is_small and reason is None else []
+                serves = self._have_read(run, lines, answers)
                 for answer in answers:
                     if reason is None:
                         run.answers[answer.call] = answer
                     else:
                         answer.failure, answer.asked = reason, None
             if lines:
-                self._ask_by_line(run, lines, answers, payload)
+                self._send(run, *serves)
+                for line in lines:
+                    line.ask(payload)
             elif reason is None:
                 calls = tuple((answer.call, worker) for answer, worker in zip(answers, workers))
                 number = None if keep_as is None else keep_as.number
                 self._ask_by_ray(run, workers, protocol.CallWorkers(calls, payload, kept, number))
         return answers
 
-    def _ask_by_line(self, run: _Run, lines: Sequence[Line], answers: Sequence[Answer], payload: bytes) -> None:
+    def _have_read(self, run: _Run, lines: Sequence[Line], answers: Sequence[Answer]) -> list[protocol.Serve]:
+        """Note which call has the worker read its line for each answer. Returns those calls that are to be sent first."""
+        begun = []
         for line, answer in zip(lines, answers):
             if line.serve_call is None:
                 line.serve_call = next(self._numbers)
                 run.serving[line.serve_call] = line
-                self._send(run, protocol.Serve(line.serve_call, line.worker))
+                begun.append(protocol.Serve(line.serve_call, line.worker))
             answer.serve_call = line.serve_call
-            line.ask(payload)
+        return begun
 
     def _ask_by_ray(self, run: _Run, workers: Sequence[int], call: protocol.CallWorkers) -> None:
         for worker in workers:
