@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 import math
 import re
@@ -164,6 +165,13 @@ class InitializerSettings:
         address = self.ray_dashboard_address.strip()
         if address.lower() in ("", "none"):
             return ""
+        try:
+            importlib.import_module("ray.dashboard.optional_deps")  # by which Ray itself tells
+        except ImportError as error:
+            raise InputError(
+                f'ray_dashboard_address="{address}" needs packages that are not there ({error}): pip install "ray[default]" in '
+                "ComfyUI's Python, or set None"
+            ) from error
         return _checked_address("ray_dashboard_address", address, "None")
 
     def _group_address(self) -> str:

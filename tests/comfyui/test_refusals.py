@@ -167,3 +167,12 @@ with Cluster.start(request) as cluster:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_dashboard_without_its_packages_is_told_before_anything_starts(comfy, monkeypatch):
+    from rayltx.comfy_dist.main_process.initializer_settings import InitializerSettings
+
+    settings = InitializerSettings(GPU=1, device="cpu", ray_dashboard_address="127.0.0.1:8265")
+    monkeypatch.setitem(sys.modules, "ray.dashboard.optional_deps", None)
+    with pytest.raises(InputError, match=r'ray_dashboard_address="127.0.0.1:8265" needs packages .*ray\[default\]'):
+        settings.placement()
