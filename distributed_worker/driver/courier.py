@@ -275,11 +275,15 @@ def _start_no_more_than_is_used(with_dashboard: bool) -> None:
     """Let Ray leave out what is for other uses of it: what asks a cloud for machines, what sends logs to its driver, and what
     serves a dashboard and its jobs. Each is an interpreter, with its memory and its time at the start.
 
-    Ray has options for the first two that `ray.init` does not take, and starts the last without a dashboard too.
+    Ray has options for the first two that `ray.init` does not take, and starts the last without a dashboard too. Where its
+    packages are installed, other parts of Ray look for it for ever.
     """
+    import ray._private.utils as utils
     from ray._private.node import Node
 
-    for name in ("start_monitor", "start_log_monitor", *([] if with_dashboard else ["start_api_server"])):
+    lacks_packages = getattr(utils, "get_dashboard_dependency_error", lambda: None)() is not None
+    serves = with_dashboard or not lacks_packages
+    for name in ("start_monitor", "start_log_monitor", *([] if serves else ["start_api_server"])):
         if hasattr(Node, name):
             setattr(Node, name, lambda node, *args, **kwargs: None)
 

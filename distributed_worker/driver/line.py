@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +35,7 @@ class Line:
         self.is_let_go = False
         self._listener = socket.socket(socket.AF_UNIX)
         self._end: socket.socket | None = None
+        self._ending = threading.Lock()  # nobody shuts a descriptor down that has been given to another
         self._connection: Connection | None = None  # on the same end
         try:
             self._listener.bind(str(path))
@@ -76,6 +78,7 @@ class Line:
         if self._connection is None:
             self._end, _ = self._listener.accept()
             self._end.setblocking(True)
+            self._end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MOST_BYTES)
             self._connection = Connection(os.dup(self._end.fileno()))
             return None
         return self._connection.recv_bytes()
@@ -83,17 +86,19 @@ class Line:
     def let_go(self) -> None:
         """From any thread: who reads the line, or waits for the rest of an answer, finds its end; the worker as well."""
         self.is_let_go = True
-        if self._end is not None:
-            with contextlib.suppress(OSError):
+        with self._ending, contextlib.suppress(OSError):
+            if self._end is not None:
                 self._end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """By who reads it: nobody may wait for what is closed."""
         self.let_go()
-        for each in (self._listener, self._end, self._connection):
-            if each is not None:
-                each.close()
-        self.path.unlink(missing_ok=True)
+        with self._ending:
+            for each in (self._listener, self._end, self._connection):
+                if each is not None:
+                    each.close()
+        with contextlib.suppress(OSError):  # it goes with its folder
+            self.path.unlink()
 
 
 class WorkerLine:

@@ -82,6 +82,7 @@ class _Run:
     released: deque[int] = field(default_factory=deque)  # numbers to let go of; finalizers may come at any moment
     sending: Any = field(default_factory=threading.RLock)
     lines: dict[int, Line] = field(default_factory=dict)  # by worker
+    reading: Line | None = None  # of which an answer is being read
     serving: dict[int, Line] = field(default_factory=dict)  # by the calls that have workers read them
     ended: str | None = None  # why
     heard: int = 0  # messages
@@ -158,6 +159,8 @@ class RayDriver:
         folder = make_folder()
         note_owner(folder)
         ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(True)  # whatever the default for new ones has been set to by others
         with theirs, open(folder / _LOG, "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", _COURIER, str(theirs.fileno())],
@@ -233,9 +236,9 @@ class RayDriver:
     def end_worker(self, worker: int) -> None:
         """End a worker's process, whatever it is doing."""
         run = self._run
-        self._send(run, protocol.EndWorker(worker))
         if (line := run.lines.get(worker)) is not None:
             line.let_go()
+        self._send(run, protocol.EndWorker(worker))
 
     def call(self, worker: int, asked: object) -> Answer:
         """Have a worker run a call after what it is doing. asked: a `Call`."""
@@ -346,6 +349,9 @@ class RayDriver:
             time.sleep(_LOOK_S)
             # As counted here, which a process that was stopped itself does not do.
             silent_s, heard = (silent_s + _LOOK_S if run.heard == heard else 0.0), run.heard
+            if silent_s >= _SILENT_S and (line := run.reading) is not None:
+                line.let_go()  # it is a worker that stopped in the middle of an answer
+                silent_s = 0.0
         if run.ended is None:
             run.stuck = f"its driver's process says nothing for {silent_s:.0f} s"
             run.process.kill()
@@ -367,11 +373,16 @@ class RayDriver:
 
     def _read_line(self, run: _Run, line: Line) -> bool:
         """Returns whether there was something."""
+        run.reading = line
         try:
             payload = line.read()
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
+            if not line.is_let_go:
+                logger.info("steps go to a worker through Ray, as its line ended: %s", error or type(error).__name__)
             line.let_go()  # Ray says why
             return False
+        finally:
+            run.reading = None
         with self._changed:
             asked = [
                 each for each in run.answers.values() if each.worker == line.worker and each.serve_call is not None
@@ -400,10 +411,10 @@ class RayDriver:
                     if isinstance(message, protocol.Started):
                         run.store_bytes, run.address = message.store_bytes, message.address
                     elif (line := run.serving.pop(message.call, None)) is not None:
-                        if line.serve_call == message.call:  # though nobody called it back
-                            line.let_go()
                         # An answer that the worker has given came before this: lines are read first.
                         is_lost = isinstance(message, protocol.NotAnswered)
+                        if is_lost or line.serve_call == message.call:  # though nobody called it back
+                            line.let_go()  # what comes by it still would be taken for another call's
                         _fail_by_line(run, message.call, message.reason if is_lost else _LINE_BROKE)
                     elif (answer := run.answers.pop(message.call, None)) is not None:
                         answer.asked = None
