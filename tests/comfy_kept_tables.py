@@ -1,6 +1,7 @@
 """What ranks run to see whether tables of positions are kept, in ComfyUI's models. A module of its own, imported by name."""
 
 import torch
+from comfy_models import tiny_model
 
 from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
@@ -23,18 +24,9 @@ class Counting(KeptTables):
         return super().tables(counted, *args, **kwargs)
 
 
-def _tiny_model(path, version):
-    from comfy_models import CONFIGS, model_class, set_up_comfyui
-
-    set_up_comfyui(path)
-    from rayltx.comfy_dist.self_test import tiny_model
-
-    return tiny_model(model_class(version), CONFIGS[version], CPU)
-
-
 def answers_by_case(path, version, degrees):
     """By case: whether each of three calls gives the bits of one that keeps nothing, and the tables made in each."""
-    model = _tiny_model(path, version)
+    model = tiny_model(path, version)
     from rayltx.comfy_dist import self_test
 
     config = ParallelConfig(*degrees)
@@ -57,7 +49,7 @@ def answers_by_case(path, version, degrees):
 
 def tables_made(path):
     """By what another call differs in: the tables that it makes, and whether its answer is that of a model that keeps none."""
-    model = _tiny_model(path, "LTX-2")
+    model = tiny_model(path, "LTX-2")
     from rayltx.comfy_dist import self_test
 
     group, kept = SequenceParallelGroup.single(), Counting()

@@ -5,6 +5,7 @@ import math
 from unittest import mock
 
 import torch
+from comfy_models import tiny_model
 
 from rayltx.diffusion_models.lightricks.comfyui_host import OVERRIDE
 from rayltx.diffusion_models.lightricks.comfyui_rows import shared
@@ -13,15 +14,6 @@ from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 CPU = torch.device("cpu")
-
-
-def _tiny_model(path, version):
-    from comfy_models import CONFIGS, model_class, set_up_comfyui
-
-    set_up_comfyui(path)
-    from rayltx.comfy_dist.self_test import tiny_model
-
-    return tiny_model(model_class(version), CONFIGS[version], CPU)
 
 
 @contextlib.contextmanager
@@ -43,7 +35,7 @@ def _products():
 
 def answers_by_case(path, version, degrees):
     """By case: whether each of three calls gives the bits of one that keeps nothing, and the products made in each."""
-    model = _tiny_model(path, version)
+    model = tiny_model(path, version)
     from rayltx.comfy_dist import self_test
 
     config = ParallelConfig(*degrees)
@@ -64,13 +56,10 @@ def answers_by_case(path, version, degrees):
 
 def products_of_patched(path):
     """By what was done to a model of two blocks: the products made in a second call with the same text, and the layers kept."""
-    from comfy_models import CONFIGS, model_class, set_up_comfyui
-
-    set_up_comfyui(path)
+    model = tiny_model(path, "LTX-2")
     from rayltx.comfy_dist import self_test
 
     group = SequenceParallelGroup.create(ParallelConfig(2, 1))
-    model = self_test.tiny_model(model_class("LTX-2"), CONFIGS["LTX-2"], CPU)
     args, kwargs = self_test.forward_arguments(model, self_test.CASES[0], CPU)
     attention = model.transformer_blocks[0].attn2
 

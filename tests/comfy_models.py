@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayltx.comfy_dist.tiny_checkpoints import model_class, save_tiny_checkpoint  # noqa: F401
+from rayltx.comfy_dist.tiny_checkpoints import model_class, save_tiny_checkpoint
 from rayltx.comfy_dist.tiny_vaes import VAE_CONFIG, VIDEO_VAES, video_vae_model  # noqa: F401
 from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
 from rayltx.diffusion_models.lightricks.random_weights import randomise
-from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS as CONFIGS  # noqa: F401
+from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS as CONFIGS
 
 
 def slow(*values):
@@ -104,6 +104,14 @@ def set_up_comfyui(path: str) -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+
+
+def tiny_model(path: str, version: str) -> torch.nn.Module:
+    """A version's transformer as a self-test makes it, by ranks that have nothing of ComfyUI yet. path: ComfyUI's."""
+    set_up_comfyui(path)
+    from rayltx.comfy_dist import self_test
+
+    return self_test.tiny_model(model_class(version), CONFIGS[version], torch.device("cpu"))
 
 
 def quantise(path: Path, scaled: bool) -> None:

@@ -4,8 +4,10 @@ import contextlib
 from unittest import mock
 
 import torch
+from comfy_models import tiny_model
 
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+from rayltx.diffusion_models.lightricks.relative_error import worst_error
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -13,16 +15,13 @@ CPU = torch.device("cpu")
 
 
 def tokens_projected(path, version):
-    """By what was done to the model: (the tokens that `patchify_proj` is shown on one rank, on this one, the answers' greatest
-    difference on rank 0).
+    """By what was done to the model: (the tokens that `patchify_proj` is shown on one rank, on this one, the worst error of
+    rank 0's answers).
     """
-    from comfy_models import CONFIGS, model_class, set_up_comfyui
-
-    set_up_comfyui(path)
+    model = tiny_model(path, version)
     from rayltx.comfy_dist import self_test
 
     group = SequenceParallelGroup.create(ParallelConfig(2))
-    model = self_test.tiny_model(model_class(version), CONFIGS[version], CPU)
     args, kwargs = self_test.forward_arguments(model, self_test.CASES[0], CPU)
 
     def seen(of_group):
@@ -42,8 +41,7 @@ def tokens_projected(path, version):
     def both():
         alone, expected = seen(SequenceParallelGroup.single())
         shown, answer = seen(group)
-        same = zip(answer, expected) if group.rank == 0 else ()
-        return alone, shown, max([float((a - b).abs().max() / b.abs().max()) for a, b in same] or [0.0])
+        return alone, shown, worst_error(answer, expected) if group.rank == 0 else 0.0
 
     def counting_process_input(own):
         """Of a pack that adds something of its own to each token."""

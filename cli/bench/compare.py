@@ -30,8 +30,8 @@ from rayltx.cli.bench.report import Output, reporting
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.roles import AttentionRole
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
-from rayltx.diffusion_models.lightricks.step_cost import LTX_2, TEXT_TOKENS
-from rayltx.diffusion_models.lightricks.step_plan import ASSUMED_CARDS
+from rayltx.diffusion_models.lightricks.step_cost import LTX_2, TEXT_TOKENS, StepCost
+from rayltx.diffusion_models.lightricks.step_plan import ASSUMED_CARDS, ELEMENT_BYTES
 from rayltx.errors import InputError
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -107,8 +107,8 @@ def run_compare(options: CompareOptions, output: Output) -> None:
 
 def _seconds(counts: Counts) -> float:
     cards = ASSUMED_CARDS
-    exchanging = counts.received_bytes / cards.link_bytes_per_s + counts.collectives * cards.small_s
-    return counts.flops / cards.flops_per_s + exchanging
+    cost = StepCost(counts.flops, 0.0, counts.received_bytes / ELEMENT_BYTES, counts.collectives)
+    return cost.seconds(cards.flops_per_s, cards.link_bytes_per_s / ELEMENT_BYTES, cards.small_s)
 
 
 def counts_of(way: Layer, config: ParallelConfig, shape: LatentShape) -> Counts:

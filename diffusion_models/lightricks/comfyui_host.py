@@ -94,7 +94,7 @@ def sharded(
     kept_tables: of positions, by the last step; used where the model makes them as its class does.
     Collective: every rank of the group calls the model with the same inputs.
     """
-    if kept_tables is not None and (_TABLES in diffusion_model.__dict__ or not _is_comfyuis(diffusion_model, _TABLES)):
+    if kept_tables is not None and not _is_comfyuis(diffusion_model, _TABLES):
         kept_tables.forget()
         kept_tables = None
     forward = _ShardedForward(group, diffusion_model, kept_tables)
@@ -192,8 +192,13 @@ def _makes_its_weight(layer: nn.Module, device: torch.device) -> bool:
 
 
 def _is_comfyuis(model: Any, name: str) -> bool:
-    """Whether all that the model's classes have of a method stands in ComfyUI's code, and something does."""
-    found = [vars(each)[name] for each in type(model).__mro__ if name in vars(each)]
+    """Whether a method of the model is its class's, and that ComfyUI's."""
+    return name not in vars(model) and _has_comfyuis(type(model), name)
+
+
+def _has_comfyuis(model_class: type, name: str) -> bool:
+    """Whether all that a class and those before it have of a method stands in ComfyUI's code, and something does."""
+    found = [vars(each)[name] for each in model_class.__mro__ if name in vars(each)]
     origins = [getattr(method, "__globals__", {}).get("__name__", "") for method in found]
     return bool(found) and all(origin.startswith("comfy.") for origin in origins)
 
@@ -279,10 +284,9 @@ class _ShardedForward:
         layer: Any = getattr(model, "patchify_proj", None)
         mark = getattr(model, _MARK, None)
         is_known = isinstance(layer, nn.Module) and _is_untouched(layer) and not rounds_by_all_tokens(layer)
-        is_methods = getattr(process_input, "__self__", None) is model and _is_comfyuis(model, "_process_input")
-        marks_as_known = not hasattr(model, _MARKING) or all(
-            name not in model.__dict__ and _is_comfyuis(model, name) for name in (_MARKING, _MARK)
-        )
+        # Which has the wrapper before it on the model.
+        is_methods = getattr(process_input, "__self__", None) is model and _has_comfyuis(type(model), "_process_input")
+        marks_as_known = not hasattr(model, _MARKING) or all(_is_comfyuis(model, name) for name in (_MARKING, _MARK))
         if not (is_known and is_methods and marks_as_known):
             yield
             return

@@ -281,9 +281,10 @@ def _start_no_more_than_is_used(with_dashboard: bool) -> None:
     import ray._private.utils as utils
     from ray._private.node import Node
 
-    lacks_packages = getattr(utils, "get_dashboard_dependency_error", lambda: None)() is not None
-    serves = with_dashboard or not lacks_packages
-    for name in ("start_monitor", "start_log_monitor", *([] if serves else ["start_api_server"])):
+    names = ["start_monitor", "start_log_monitor"]
+    if not with_dashboard and getattr(utils, "get_dashboard_dependency_error", lambda: None)() is not None:
+        names.append("start_api_server")
+    for name in names:
         if hasattr(Node, name):
             setattr(Node, name, lambda node, *args, **kwargs: None)
 

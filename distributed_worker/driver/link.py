@@ -67,6 +67,10 @@ class Answer:
     def is_done(self) -> bool:
         return self.payload is not None or self.failure is not None
 
+    def end(self, payload: bytes | None = None, failure: str | None = None) -> None:
+        """With what the call gave, or with why it gives nothing."""
+        self.payload, self.failure, self.asked = payload, failure, None
+
 
 @dataclass(eq=False)
 class _Run:
@@ -185,7 +189,7 @@ class RayDriver:
             reason = run.ended
             unanswered, run.answers = run.answers, {}
             for answer in unanswered.values():
-                answer.failure, answer.asked = f"{RAY_ENDED}{reason}", None
+                answer.end(failure=f"{RAY_ENDED}{reason}")
             self._changed.notify_all()
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.process.wait(_CLOSE_S)
@@ -272,7 +276,7 @@ class RayDriver:
                     if reason is None:
                         run.answers[answer.call] = answer
                     else:
-                        answer.failure, answer.asked = reason, None
+                        answer.end(failure=reason)
             if lines:
                 self._send(run, *serves)
                 for line in lines:
@@ -383,13 +387,12 @@ class RayDriver:
             return False
         finally:
             run.reading = None
+        if payload is None:
+            return True  # the worker has come to it
         with self._changed:
-            asked = [
-                each for each in run.answers.values() if each.worker == line.worker and each.serve_call is not None
-            ]
-            for answer in asked if payload is not None else ():
-                del run.answers[answer.call]
-                answer.payload, answer.asked = payload, None
+            for answer in list(run.answers.values()):
+                if answer.worker == line.worker and answer.serve_call is not None:
+                    run.answers.pop(answer.call).end(payload)
             self._changed.notify_all()
         return True
 
@@ -417,11 +420,10 @@ class RayDriver:
                             line.let_go()  # what comes by it still would be taken for another call's
                         _fail_by_line(run, message.call, message.reason if is_lost else _LINE_BROKE)
                     elif (answer := run.answers.pop(message.call, None)) is not None:
-                        answer.asked = None
                         if isinstance(message, protocol.Answered):
-                            answer.payload = message.payload
+                            answer.end(message.payload)
                         else:
-                            answer.failure = message.reason
+                            answer.end(failure=message.reason)
                     self._changed.notify_all()
         except (EOFError, OSError):
             reason = reason or run.stuck
@@ -451,9 +453,9 @@ def _idle_lines(run: _Run, workers: Sequence[int]) -> list[Line]:
 
 def _fail_by_line(run: _Run, serve_call: int, reason: str) -> None:
     """What was asked by a line that the worker reads no more has no answer."""
-    for answer in [each for each in run.answers.values() if each.serve_call == serve_call]:
-        del run.answers[answer.call]
-        answer.failure, answer.asked = reason, None
+    for answer in list(run.answers.values()):
+        if answer.serve_call == serve_call:
+            run.answers.pop(answer.call).end(failure=reason)
 
 
 def _environment(folder: Path, is_local: bool) -> dict[str, str]:

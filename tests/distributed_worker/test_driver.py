@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from waiting import wait_for
 
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
@@ -87,7 +88,7 @@ def test_an_end_between_runs_is_noticed_by_the_next(model, caplog):
         before = remote.forward(inputs, TWO)
         session, folder = cluster.driver.session, cluster.driver.folder
         os.kill(process_of(cluster, "raylet"), signal.SIGKILL)
-        _wait_for(lambda: not cluster.driver.is_running)
+        wait_for(lambda: not cluster.driver.is_running)
         assert "its process raylet ended" in caplog.text
         assert torch.equal(remote.forward(inputs, TWO)["video"], before["video"])
         assert "started Ray again" in caplog.text
@@ -108,7 +109,7 @@ def test_a_courier_that_hangs_is_taken_for_ended(model, monkeypatch, caplog, is_
         if is_sending:
             cluster.driver.keep(np.zeros(2**24, np.uint8))  # more than the pipe takes
         # Meanwhile steps go on, which do not go by it, until it is ended, with all that it has started.
-        _wait_for(
+        wait_for(
             lambda: (
                 torch.equal(remote.forward(inputs, TWO)["video"], before["video"])
                 and "its driver's process says nothing for 5 s" in caplog.text
@@ -151,7 +152,7 @@ def test_what_cannot_be_read_again_is_lost_alone(model, tmp_path, caplog):
         before = other.forward(inputs, TWO)
         gone.unlink()
         os.kill(process_of(cluster, "raylet"), signal.SIGKILL)
-        _wait_for(lambda: not cluster.driver.is_running)
+        wait_for(lambda: not cluster.driver.is_running)
         assert torch.equal(other.forward(inputs, TWO)["video"], before["video"])
         for _ in range(2):
             with pytest.raises(ValueError, match=r"gone.safetensors could not be loaded again: .*load the model again"):
@@ -163,7 +164,7 @@ def test_what_cannot_be_read_again_is_lost_alone(model, tmp_path, caplog):
 def test_a_worker_that_dies_while_it_starts_is_replaced(model):
     checkpoint, made, inputs = model
     with Cluster.start(ClusterRequest(workers=2)) as cluster:
-        _wait_for(lambda: _actors(cluster))
+        wait_for(lambda: _actors(cluster))
         killed = _actors(cluster)[0].pid
         os.kill(killed, signal.SIGKILL)
         assert killed not in [info.pid for info in cluster.workers()]
@@ -241,13 +242,6 @@ def _run(then, **environment):
     )  # fmt: skip
 
 
-def _wait_for(condition, timeout_s=60.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, 0))]
 )
@@ -258,7 +252,7 @@ def test_nothing_is_left_of_a_process_that_ended(number):
     if number:
         process.send_signal(number)
     process.wait(60)
-    _wait_for(lambda: not processes.processes_of(int(session)) and not Path(folder).exists())
+    wait_for(lambda: not processes.processes_of(int(session)) and not Path(folder).exists())
 
 
 @pytest.mark.slow
@@ -273,7 +267,7 @@ def test_what_a_killed_pair_left_is_ended_by_the_next():
     os.kill(int(session), signal.SIGKILL)
     assert processes.processes_of(int(session))
     processes.remove_leftovers()
-    _wait_for(lambda: not processes.processes_of(int(session)))
+    wait_for(lambda: not processes.processes_of(int(session)))
     assert not Path(folder).exists()
 
 

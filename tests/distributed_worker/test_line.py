@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 
 import pytest
 import torch
+from waiting import wait_for
 
 from rayltx.cli.bench.answering_host import ANSWERING_HOST
 from rayltx.demo.vae import CHECKPOINT
@@ -36,7 +36,7 @@ def cluster():
 def numbers(cluster, monkeypatch):
     """The workers' numbers, of which all have come to their lines."""
     numbers = _numbers(cluster, monkeypatch)
-    _wait_for(lambda: all(cluster.driver._run.lines[number].is_up for number in numbers))
+    wait_for(lambda: all(cluster.driver._run.lines[number].is_up for number in numbers))
     return numbers
 
 
@@ -54,15 +54,16 @@ def _numbers(cluster, monkeypatch):
     return seen[-1]
 
 
-def _wait_for(condition, timeout_s=60.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+@pytest.fixture
+def remote(cluster):
+    """A model that does nothing."""
+    remote = cluster.load(open_checkpoint(CHECKPOINT), None, host=ANSWERING_HOST)
+    yield remote
+    remote.release()
 
 
 def _answered(driver, answers):
-    _wait_for(lambda: all(answer.is_done for answer in answers))
+    wait_for(lambda: all(answer.is_done for answer in answers))
     return [outcome_of(answer, 0) for answer in answers]
 
 
@@ -103,23 +104,20 @@ def test_both_ways_are_one_order(cluster, numbers):
                 outcome.unwrap()
 
 
-def test_what_was_asked_by_line_of_a_worker_that_was_called_back_is_told_when_it_ends(cluster, numbers):
-    remote = cluster.load(open_checkpoint(CHECKPOINT), None, host=ANSWERING_HOST)
+def test_what_was_asked_by_line_of_a_worker_that_was_called_back_is_told_when_it_ends(cluster, numbers, remote):
     remote.forward({}, TWO)
     gone = cluster.workers()[1].pid
     os.kill(gone, signal.SIGSTOP)
     by_line = cluster.driver.call_each(numbers, INFO, by_line=True)
     by_ray = cluster.driver.call_each(numbers, INFO)  # calls both back
     os.kill(gone, signal.SIGKILL)
-    _wait_for(lambda: all(answer.is_done for answer in by_line + by_ray))
+    wait_for(lambda: all(answer.is_done for answer in by_line + by_ray))
     assert sorted(answer.payload is None for answer in by_line + by_ray) == [False, False, True, True]
     assert not cluster.driver._run.answers
     remote.forward({}, TWO)
-    remote.release()
 
 
-def test_steps_go_by_line(cluster, numbers, monkeypatch):
-    remote = cluster.load(open_checkpoint(CHECKPOINT), None, host=ANSWERING_HOST)
+def test_steps_go_by_line(numbers, remote, monkeypatch):
     asked = []
     ask_by_line = Line.ask
     monkeypatch.setattr(Line, "ask", lambda self, payload: (asked.append(self.worker), ask_by_line(self, payload)))
@@ -128,28 +126,24 @@ def test_steps_go_by_line(cluster, numbers, monkeypatch):
     assert asked == numbers * 3
     remote.forward({"text": "t" * MOST_BYTES}, TWO)  # more than a socket takes at once
     assert asked == numbers * 3
-    remote.release()
 
 
-def test_a_worker_that_ends_while_it_answers_is_told_by_ray(cluster, numbers):
+def test_a_worker_that_ends_while_it_answers_is_told_by_ray(cluster, numbers, remote):
     """And what comes next is asked of the one in its place, by a line of its own."""
-    remote = cluster.load(open_checkpoint(CHECKPOINT), None, host=ANSWERING_HOST)
     remote.forward({}, TWO)
     gone = cluster.workers()[1].pid
     os.kill(gone, signal.SIGSTOP)
     answers = cluster.driver.call_each(numbers, INFO, by_line=True)
     assert all(answer.serve_call is not None for answer in answers)
     os.kill(gone, signal.SIGKILL)
-    _wait_for(lambda: all(answer.is_done for answer in answers))
+    wait_for(lambda: all(answer.is_done for answer in answers))
     assert answers[0].payload is not None
     assert answers[1].payload is None and "died" in answers[1].failure
     remote.forward({}, TWO)
     assert gone not in [worker.pid for worker in cluster.workers()]
-    remote.release()
 
 
-def test_a_line_that_breaks_leaves_nobody_waiting(cluster, numbers, monkeypatch):
-    remote = cluster.load(open_checkpoint(CHECKPOINT), None, host=ANSWERING_HOST)
+def test_a_line_that_breaks_leaves_nobody_waiting(cluster, numbers, remote):
     remote.forward({}, TWO)
     pid = cluster.workers()[0].pid
     os.kill(pid, signal.SIGSTOP)
@@ -157,9 +151,8 @@ def test_a_line_that_breaks_leaves_nobody_waiting(cluster, numbers, monkeypatch)
     with socket.socket(fileno=os.dup(cluster.driver._run.lines[numbers[0]]._connection.fileno())) as end:
         end.shutdown(socket.SHUT_RDWR)
     os.kill(pid, signal.SIGCONT)
-    _wait_for(lambda: answers[0].is_done)
+    wait_for(lambda: answers[0].is_done)
     assert answers[0].failure == "its line to this process broke"
     sent = {"latent": torch.arange(4.0)}
     assert torch.equal(remote.forward(sent, TWO)["latent"], sent["latent"])  # through Ray
     assert cluster.workers()[0].pid == pid
-    remote.release()
