@@ -44,7 +44,7 @@ class StepInputs:
     load: LoadInputs
     way: Way = Way()
     saves_memory: bool = False  # read by `ComfyModel`: a device's memory ran out
-    alone: bool = False  # read by `ComfyModel`: one rank computes it, for which what was proven of all does not count
+    by_fewer: bool = False  # read by `ComfyModel`: of the ranks that the room for what it keeps was found for
 
 
 @dataclass(frozen=True)

@@ -128,17 +128,17 @@ class RemoteModel:
         poll: Callable[[], None] | None = None,
         repeats: int = 2,
         again: tuple[type[ClusterError], ...] = (ClusterError,),
-        alone: bool = False,
+        ranks: int | None = None,
     ) -> _Result:
         """Have the ranks of a group run a host's call together. Returns rank 0's result.
 
         Tensors in the arguments may be anywhere, and travel once for as long as they stay the same.
         timeout_s: None stands for the request's limit of a step. poll: see `wait_for_outcomes`; raising in it cancels.
-        alone: rank 0 runs it, as a group of one. The group of all stays as it is.
+        ranks: so many of the first run it, as a group of their own. None: all. The group of all stays as it is.
         A call that failed because a rank died, hung or failed alone is repeated, by a group that was mended, up to
         `repeats` times; again: after which of these failures. Raises as `outcomes.results`.
         """
-        answers = self._together(call, config, what, timeout_s, poll, repeats, again, alone=alone)
+        answers = self._together(call, config, what, timeout_s, poll, repeats, again, ranks=ranks)
         return unpack(answers[0])
 
     def disband(self) -> None:
@@ -173,9 +173,9 @@ class RemoteModel:
         again: tuple[type[ClusterError], ...] = (ClusterError,),
         from_all: bool = False,
         block_s: float = 0.0,
-        alone: bool = False,
+        ranks: int | None = None,
     ) -> dict[int, Message]:
-        group = self._group
+        group, alone = self._group, ranks == 1
         # A rank may stay in one block for as long as a block's limit says.
         longest_s = max(group.request.step_timeout_s, group.request.block_timeout_s)
         limit_s = longest_s if timeout_s is None else timeout_s
@@ -183,14 +183,14 @@ class RemoteModel:
         def work() -> dict[int, Message]:
             group.form(config)
             self._check_not_lost()
-            ranks = range(1 if alone else config.world_size)
-            control = StepControl(len(ranks))
+            asked = range(config.world_size if ranks is None else ranks)
+            control = StepControl(len(asked))
             shared = group.share(control)
-            worker_call = self._on_worker(call, self._sending.of_steps, control=shared, from_all=from_all, alone=alone)
-            calls = dict.fromkeys(ranks, worker_call)
+            worker_call = self._on_worker(call, self._sending.of_steps, control=shared, from_all=from_all, ranks=ranks)
+            calls = dict.fromkeys(asked, worker_call)
             if call.method != Host.forward.__name__:
                 return group.run(calls, what, limit_s, control, alone=alone)
-            kind = config, alone, _shapes_of(worker_call)
+            kind = config, ranks, _shapes_of(worker_call)
             control.usual_s = self._usual_s if kind == self._usual_kind else 0.0
             answers = group.run(calls, what, limit_s, control, is_watched=True, block_s=block_s, alone=alone)
             self._usual_kind, self._usual_s = kind, control.usual_s
@@ -276,12 +276,12 @@ class RemoteModel:
         as_views: bool = False,
         control: RankControl | None = None,
         from_all: bool = False,
-        alone: bool = False,
+        ranks: int | None = None,
     ) -> Call[Worker, Any]:
         """A host's call as the worker is asked it."""
         arguments = pack((call.args, call.kwargs), store, self.source.refer, as_views)
         if call.kind is CallKind.COLLECTIVE:
-            return ask(Worker.call_host_together, self.model_id, call.method, arguments, control, from_all, alone)
+            return ask(Worker.call_host_together, self.model_id, call.method, arguments, control, from_all, ranks)
         return ask(Worker.call_host, self.model_id, call.method, arguments)
 
 

@@ -52,7 +52,7 @@ _GPU_SHARES = _text(
 _ULYSSES = _count(
     0,
     "Workers that trade tokens for attention heads. The product of all degrees is the number of GPUs. 0: what the "
-    "others leave; a video that several GPUs make no faster then runs on one.",
+    "others leave; a video that all of them make no faster then runs on fewer.",
 )
 _RING = _count(
     1,

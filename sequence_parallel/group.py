@@ -67,12 +67,23 @@ class SequenceParallelGroup:
         Collective: every rank must call it with the same config.
         Raises ParallelConfigError if the degrees do not multiply to the number of ranks.
         """
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        world_size = dist.get_world_size()
         if config.world_size != world_size:
             raise ParallelConfigError(
                 f"{config} = {config.world_size}, but there are {world_size} ranks: the product of the degrees must be the "
                 "number of ranks"
             )
+        return cls.of_first(config)
+
+    @classmethod
+    def of_first(cls, config: ParallelConfig) -> SequenceParallelGroup:
+        """The same of the first ranks of the default process group, as many as the config has.
+
+        Collective: these ranks call it, and no others.
+        """
+        rank, world_size = dist.get_rank(), config.world_size
+        if world_size == 1:
+            return cls.single()
         row_groups = {}
         for groups in config.row_divisions[1:]:
             size = world_size // groups
@@ -94,7 +105,7 @@ class _Meshes(NamedTuple):
 
     @classmethod
     def create(cls, config: ParallelConfig, ranks: Sequence[int]) -> _Meshes:
-        """Of neighbouring ranks. Every rank creates every group, also those that it has no part in, in the same order."""
+        """Of neighbouring ranks. Those that have a part in a group create it, in the same order."""
         world = _new_group(ranks)
         degree = config.ulysses_degree
         if config.ring_degree == 1:
@@ -112,8 +123,9 @@ def _new_group(ranks: Sequence[int]) -> ProcessGroup | None:
         return None
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
-    created = dist.new_group(list(ranks))
-    return created if dist.get_rank() in ranks else None
+    if dist.get_rank() not in ranks:
+        return None
+    return dist.new_group(list(ranks), use_local_synchronization=True)  # without the ranks that have no part in it
 
 
 def _one_of(groups: Sequence[ProcessGroup | None]) -> ProcessGroup | None:

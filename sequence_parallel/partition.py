@@ -142,6 +142,14 @@ class ParallelConfig:
         shares = self.shares[index * size : (index + 1) * size]
         return ParallelConfig(self.ulysses_degree * self.row_groups // groups, self.ring_degree, shares=shares)
 
+    def of_first(self, ranks: int) -> ParallelConfig:
+        """How so many of the first ranks share a step without the others: rows go to as many groups as divide them."""
+        left, degrees = ranks, {}
+        for name in ("cfg_degree", "dp_degree", "ring_degree"):
+            degrees[name] = math.gcd(getattr(self, name), left)
+            left //= degrees[name]
+        return ParallelConfig(left, **degrees, shares=self.shares[:ranks] if ranks > 1 else ())
+
     def token_sizes(self, num_tokens: int) -> Partition:
         """What each rank holds of a sequence. Of a config without row groups."""
         if not self.shares:

@@ -21,6 +21,7 @@ from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import ask
 from rayltx.errors import OutOfMemory
+from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +83,19 @@ class DeviceMemory:
             if not loaded:
                 self._model.remote.tell(ask(ComfyHost.unload))
 
-    def bytes_of_sharing(self, shape: Sequence[int]) -> int:
-        """Bytes that a rank needs for a latent of this shape besides its share of ComfyUI's estimate."""
+    def bytes_of_sharing(self, shape: Sequence[int], config: ParallelConfig | None = None) -> int:
+        """Bytes that a rank of the model's config, or another, needs for a latent besides its share of ComfyUI's estimate."""
         element_bytes = self._model.spec.compute_dtype.itemsize
-        config = self._model.placement.config
+        config = config or self._model.placement.config
         return bytes_of_sharing(self._model.base_model.diffusion_model, shape, config, element_bytes, self.replicated)
 
-    def has_room_for_whole(self) -> bool:
-        """Whether one rank can take what is sampled alone, by ComfyUI's estimate."""
-        share = self._model.placement.config.largest_share
-        of_a_rank = self._model.base_model.memory_required(self.latent_shape) - self.bytes_of_sharing(self.latent_shape)
-        return of_a_rank / share <= self.free_bytes()
+    def has_room_on_first(self, ranks: int) -> bool:
+        """Whether so many of the first ranks can take what is sampled without the others, by ComfyUI's estimate."""
+        config, shape = self._model.placement.config, self.latent_shape
+        fewer = config.of_first(ranks)
+        of_a_share = self._model.base_model.memory_required(shape) - self.bytes_of_sharing(shape)
+        needed = of_a_share / config.largest_share * fewer.largest_share + self.bytes_of_sharing(shape, fewer)
+        return needed <= self.free_bytes()
 
     def put_on_devices(self) -> None:
         """Before a run, as ComfyUI does with a model of its own: what is free next to the weights is known then."""

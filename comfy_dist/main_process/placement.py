@@ -22,7 +22,7 @@ class Placement:
     config: ParallelConfig
     free_after_sampling: bool = False  # give the devices' memory back at the end of a run
     weight_budget: int = 0  # bytes of weights on a device at most, the rest is streamed; 0: as many as fit
-    chooses_ranks: bool = False  # whether one rank takes a step alone where all are no faster
+    chooses_ranks: bool = False  # whether fewer ranks take a step where all are no faster
 
     def __post_init__(self) -> None:
         self.config.check_workers(self.request.workers)

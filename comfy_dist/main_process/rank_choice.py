@@ -1,10 +1,10 @@
-"""One GPU takes a step alone where several are no faster: a small video, or a slow link.
+"""Fewer GPUs take a step where all are no faster: a small video, or a slow link, such as that between machines.
 
 What the link takes of a step is known before it: counted from the shape (`step_cost`), at the speed that the first exchange
-measured. Where one rank could be as fast if all of that is waited for, the step is timed on all ranks and on one, with the same
-inputs, and the faster way is the one for this kind of step: from the first step of the first run on, and remembered, so that a
-picture does not come out of one way today and of another tomorrow, whose last bits differ. Where a user has given shares or
-`ulysses_degree`, all ranks work, and the log says where one would do as well.
+measured. Where half of the ranks, or half of these, could be as fast if all of that is waited for, the step is timed on all and
+on the first so many, with the same inputs, and the fastest way is the one for this kind of step: from the first step of the
+first run on, and remembered, so that a picture does not come out of one way today and of another tomorrow, whose last bits
+differ. Where a user has given shares or `ulysses_degree`, all ranks work, and the log says where fewer would do as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rayltx.diffusion_models.lightricks.comfyui_rows import batch_of
 from rayltx.diffusion_models.lightricks.step_cost import ModelShape, StepCost, computing_s
 from rayltx.diffusion_models.lightricks.step_plan import HIDDEN
 from rayltx.distributed_worker.worker import LinkReport, WorkerInfo
-from rayltx.errors import OutOfMemory, RanksFailedAlike, first_line
+from rayltx.errors import OutOfMemory, RanksFailedAlike, SelfTestError, first_line, listed
 from rayltx.json_records import read_record, write_record
 from rayltx.sequence_parallel.first_exchange import ExchangeReport
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Of a first step's time, which may be many times a later one's: what the link takes at least where more is looked into.
 _LOOKED_INTO = 0.02
 _TOLD_AT = 2  # the step of its kind
+_SHORTEST_S = 1e-9
 
 _Result = TypeVar("_Result")
 
@@ -84,10 +85,19 @@ class StepKind:
         cost = self._cost(self.config)
         return cost.received_elements * element_bytes / exchange.bytes_per_s + cost.collectives * exchange.small_s
 
-    def alone_s(self, shared_s: float, link_s: float, hidden: float) -> float:
-        """That one rank takes, where all take `shared_s`. hidden: of the exchange, behind computing; with 0 it is the least."""
-        ratio = self._cost(ParallelConfig()).flops / self._cost(self.config).flops
-        return computing_s(shared_s, link_s, hidden) * ratio
+    def least_s(self, ranks: int, shared_s: float, link_s: float) -> float:
+        """That fewer ranks take at least, where all take `shared_s`: if that includes all of the link, and theirs is nothing."""
+        return self._cost(self.config.of_first(ranks)).flops / self._flops_per_s(shared_s, link_s, hidden=0.0)
+
+    def expected_s(self, ranks: int, shared_s: float, exchange: ExchangeReport, element_bytes: int) -> float:
+        """That fewer ranks take, if their link is as that of all, and goes on behind computing as well."""
+        flops_per_s = self._flops_per_s(shared_s, self.link_s(exchange, element_bytes), HIDDEN)
+        cost = self._cost(self.config.of_first(ranks))
+        return cost.seconds(flops_per_s, exchange.bytes_per_s / element_bytes, exchange.small_s, HIDDEN)
+
+    def _flops_per_s(self, shared_s: float, link_s: float, hidden: float) -> float:
+        """Of a rank. hidden: of the exchange, behind computing."""
+        return self._cost(self.config).flops / max(computing_s(shared_s, link_s, hidden), _SHORTEST_S)
 
     def _cost(self, config: ParallelConfig) -> StepCost:
         return StepCost.of(self.shape, self.video_tokens, self.audio_tokens, config, self.rows, keeps_text=True)
@@ -97,12 +107,21 @@ class StepKind:
         return ", ".join(f"{field.name}: {getattr(self, field.name)!r}" for field in dataclasses.fields(self))
 
 
+def fewer_ranks(ranks: int) -> list[int]:
+    """Half of them, half of these, and so on to 1."""
+    found = []
+    while ranks > 1:
+        ranks = (ranks + 1) // 2
+        found.append(ranks)
+    return found
+
+
 class RankChoice:
     """Of what is known about kinds of steps. path: of the file that remembers."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._alone: dict[StepKind, bool] = {}
+        self._ranks: dict[StepKind, int] = {}
         self._seen: Counter[StepKind] = Counter()
 
     def step(
@@ -110,85 +129,102 @@ class RankChoice:
         kind: StepKind,
         exchange: ExchangeReport,
         element_bytes: int,
-        compute: Callable[[bool], _Result],
+        compute: Callable[[int], _Result],
+        fewer: Sequence[int],
         was_disturbed: Callable[[], bool] = lambda: False,
     ) -> _Result:
-        """What `compute` gives: of a step, by one rank (True) or by all, whichever is faster.
+        """What `compute` gives: of a step, by so many of the first ranks, whichever number is fastest.
 
-        compute: may be called up to four times, for a kind that is not known. was_disturbed: whether something else than the
-        steps took time meanwhile: then nothing is learnt of them.
+        compute: may be called twice for each number, for a kind that is not known. It may raise SelfTestError for fewer than
+        all. fewer: the numbers below all that have the memory for it, the largest first.
+        was_disturbed: whether something else than the steps took time meanwhile: then nothing is learnt of them.
         """
-        if kind not in self._alone and (found := read_record(self._path).get(str(kind))) is not None:
-            self._alone[kind] = found is True
-        if kind in self._alone:
-            return self._by_one(kind, compute) if self._alone[kind] else compute(False)
-        answer, first_s = _timed(compute, False)
+        every = kind.config.world_size
+        if not fewer:
+            return compute(every)
+        if kind not in self._ranks and type(found := read_record(self._path).get(str(kind))) is int:
+            self._ranks[kind] = found
+        if kind in self._ranks:
+            chosen = self._ranks[kind]
+            return self._by_fewer(kind, chosen, compute) if chosen in fewer else compute(every)
+        answer, first_s = _timed(compute, every)
         link_s = kind.link_s(exchange, element_bytes)
         if link_s < _LOOKED_INTO * first_s:
-            self._alone[kind] = False
+            self._ranks[kind] = every
             return answer
-        answer, shared_s = _timed(compute, False)
+        answers: dict[int, _Result] = {}
+        seconds: dict[int, float] = {}
+        answers[every], seconds[every] = _timed(compute, every)
         if was_disturbed():
-            return answer
-        if kind.alone_s(shared_s, link_s, hidden=0.0) >= shared_s:
-            self._remember(kind, False)
-            return answer
-        try:
-            _timed(compute, True)
-            answer_alone, alone_s = _timed(compute, True)
-        except (OutOfMemory, RanksFailedAlike) as error:
-            self._alone[kind] = False
-            logger.info("a step of %d video tokens is not for one GPU: %s", kind.video_tokens, first_line(error))
-            return answer
-        if was_disturbed():
-            return answer
-        self._remember(kind, alone_s <= shared_s)
-        ranks = kind.config.world_size
-        logger.info(
-            "a step of %d video tokens takes %.3f s on one GPU and %.3f s on %d (the link takes up to %.3f s of it, at %.1f GB/s "
-            "and %.2f ms for each exchange): videos of this size run on %s. Ray Init Actor has all work on it where its "
-            "ulysses_degree is not 0",
-            kind.video_tokens, alone_s, shared_s, ranks, link_s, exchange.bytes_per_s / 1e9, exchange.small_s * 1e3,
-            "one" if self._alone[kind] else f"all {ranks}",
-        )  # fmt: skip
-        return answer_alone if self._alone[kind] else answer
+            return answers[every]
+        for ranks in fewer:
+            if kind.least_s(ranks, seconds[every], link_s) >= min(seconds.values()):
+                break  # nor are fewer
+            try:
+                _timed(compute, ranks)
+                answers[ranks], seconds[ranks] = _timed(compute, ranks)
+            except (OutOfMemory, RanksFailedAlike, SelfTestError) as error:
+                told = kind.video_tokens, _gpus(ranks), first_line(error)
+                logger.info("a step of %d video tokens is not for %s: %s", *told)
+                if not isinstance(error, SelfTestError):
+                    break
+            if was_disturbed():
+                return answers[every]
+        chosen = min(seconds, key=lambda ranks: (seconds[ranks], ranks))
+        self._remember(kind, chosen)
+        if len(seconds) > 1:
+            logger.info(
+                "a step of %d video tokens takes %s (the link takes up to %.3f s of it, at %.1f GB/s and %.2f ms for each "
+                "exchange): videos of this size run on %s. Ray Init Actor has all work on it where its ulysses_degree is not 0",
+                kind.video_tokens, listed([f"{each:.3f} s on {_gpus(ranks)}" for ranks, each in seconds.items()]), link_s,
+                exchange.bytes_per_s / 1e9, exchange.small_s * 1e3,
+                f"all {every}" if chosen == every else _gpus(chosen),
+            )  # fmt: skip
+        return answers[chosen]
 
     def step_of_all(
-        self, kind: StepKind, exchange: ExchangeReport, element_bytes: int, compute: Callable[[bool], _Result]
+        self, kind: StepKind, exchange: ExchangeReport, element_bytes: int, compute: Callable[[int], _Result]
     ) -> _Result:
-        """What `compute` gives by all ranks. The second of its kind says where one would take no longer, as far as is known."""
-        answer, shared_s = _timed(compute, False)
+        """What `compute` gives by all ranks. The second of its kind says where fewer would take no longer, as far as is known."""
+        every = kind.config.world_size
+        answer, shared_s = _timed(compute, every)
         self._seen[kind] += 1
         if self._seen[kind] == _TOLD_AT:
-            link_s = kind.link_s(exchange, element_bytes)
-            alone_s = kind.alone_s(shared_s, link_s, HIDDEN)
-            if alone_s < shared_s:
+            expected = {
+                ranks: kind.expected_s(ranks, shared_s, exchange, element_bytes) for ranks in fewer_ranks(every)
+            }
+            best = min(expected, key=lambda ranks: (expected[ranks], ranks))
+            if expected[best] < shared_s:
                 logger.warning(
                     "a step of %d video tokens takes %.2f s on %d GPUs, of which the link can take %.2f s (%.1f GB/s, %.2f ms "
-                    "for each exchange): one GPU would take about %.2f s, and do as well for videos of this size",
-                    kind.video_tokens, shared_s, kind.config.world_size, link_s, exchange.bytes_per_s / 1e9,
-                    exchange.small_s * 1e3, alone_s,
+                    "for each exchange): %s would take about %.2f s, and do as well for videos of this size",
+                    kind.video_tokens, shared_s, every, kind.link_s(exchange, element_bytes), exchange.bytes_per_s / 1e9,
+                    exchange.small_s * 1e3, _gpus(best), expected[best],
                 )  # fmt: skip
         return answer
 
-    def _by_one(self, kind: StepKind, compute: Callable[[bool], _Result]) -> _Result:
-        """By all where it does not fit one any more: something else has come to its device."""
+    def _by_fewer(self, kind: StepKind, ranks: int, compute: Callable[[int], _Result]) -> _Result:
+        """By all where these cannot any more: something else has come to a device, or ComfyUI is another."""
         try:
-            return compute(True)
-        except OutOfMemory as error:
-            self._alone[kind] = False
+            return compute(ranks)
+        except (OutOfMemory, SelfTestError) as error:
+            self._ranks[kind] = every = kind.config.world_size
             logger.warning("%s: steps of %d video tokens run on all GPUs now", first_line(error), kind.video_tokens)
-            return compute(False)
+            return compute(every)
 
-    def _remember(self, kind: StepKind, alone: bool) -> None:
-        self._alone[kind] = alone
-        record = {**read_record(self._path), str(kind): alone}
-        write_record(self._path, record, "which steps one GPU takes alone", "it will be tried again")
+    def _remember(self, kind: StepKind, ranks: int) -> None:
+        self._ranks[kind] = ranks
+        record = {**read_record(self._path), str(kind): ranks}
+        write_record(self._path, record, "how many GPUs take which steps", "it will be tried again")
 
 
-def _timed(compute: Callable[[bool], _Result], alone: bool) -> tuple[_Result, float]:
+def _gpus(ranks: int) -> str:
+    return "one GPU" if ranks == 1 else f"{ranks} GPUs"
+
+
+def _timed(compute: Callable[[int], _Result], ranks: int) -> tuple[_Result, float]:
     started = time.monotonic()
-    answer = compute(alone)
+    answer = compute(ranks)
     return answer, time.monotonic() - started
 
 

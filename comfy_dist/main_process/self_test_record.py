@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -108,6 +109,37 @@ def prove_seam(
     _remember(passed, key, verdict)
 
 
+def prove_seam_on_first(
+    remote: RemoteModel,
+    placement: Placement,
+    ranks: int,
+    workers: Sequence[WorkerInfo],
+    spec: ComfySpec,
+    base_model: BaseModel,
+) -> None:
+    """Try the seam on so many of the first of a group's ranks, unless it has passed there before. The group stays as it is.
+
+    Raises SelfTestError as `prove_seam`, and where it could not be tried.
+    """
+    first = dataclasses.replace(placement, config=placement.config.of_first(ranks))
+    about = f"ComfyUI {spec.version}, {spec.model_version} on {ranks} of {placement.config.world_size} ranks"
+    passed = read_record(_path())
+    key = verdict_key(spec, base_model, first, workers)
+    of_all = passed.get(verdict_key(spec, base_model, placement, workers), {})
+    as_projected = of_all.get(_AS_PROJECTED, True)  # as it is now on all of them
+    if key in passed and passed[key].get(_AS_PROJECTED, True) == as_projected:
+        return
+    try:
+        errors = ask_errors(remote, placement.config, ranks)
+        check_errors(errors, about)
+        differences = ask_differences(remote, placement.config, ranks)
+    except ClusterError as error:
+        raise SelfTestError(f"{about}: it could not be tried there: {first_line(error)}") from error
+    check_differences(differences, about, spec, chooses_other_kernel(placement.comfyui_arguments))
+    logger.info("%s: exact (largest error %.1e)", about, max(errors.values()))
+    _remember(passed, key, {"about": about, "world_size": ranks, _AS_PROJECTED: as_projected})
+
+
 def _remember(passed: Mapping[str, object], key: str, verdict: Mapping[str, object]) -> None:
     write_record(_path(), {**passed, key: verdict}, "the self-test's verdict", "it will be run at every load")
 
@@ -155,19 +187,19 @@ def _send_as_projected(remote: RemoteModel, on: bool) -> None:
     remote.set_up(_AS_PROJECTED, ask(ComfyHost.send_as_projected, on), "choosing how attention is sent")
 
 
-def ask_errors(remote: RemoteModel, config: ParallelConfig) -> dict[str, float | str]:
-    """The self-test's errors by kind of input, on the ranks of a group. Raises as `RemoteModel.call_together`."""
+def ask_errors(remote: RemoteModel, config: ParallelConfig, ranks: int | None = None) -> dict[str, float | str]:
+    """The self-test's errors by kind of input, on the ranks of a group, or its first. Raises as `RemoteModel.call_together`."""
     call = ask_together(ComfyHost.self_test)
-    errors = remote.call_together(call, config, "the self-test", remote.call_timeout_s, again=RANK_LOST)
+    errors = remote.call_together(call, config, "the self-test", remote.call_timeout_s, again=RANK_LOST, ranks=ranks)
     if wrong_cases(errors):
         remote.disband()  # a rank that could not go on with a case has not exchanged all that the others have
     return errors
 
 
-def ask_differences(remote: RemoteModel, config: ParallelConfig) -> dict[str, Difference]:
-    """How far the model's own first blocks are, on the ranks of a group, from themselves. Raises as `ask_errors`."""
+def ask_differences(remote: RemoteModel, config: ParallelConfig, ranks: int | None = None) -> dict[str, Difference]:
+    """How far the model's own first blocks are, on the same ranks, from themselves. Raises as `ask_errors`."""
     call = ask_together(ComfyHost.kernel_test)
-    return remote.call_together(call, config, "the self-test", remote.call_timeout_s, again=RANK_LOST)
+    return remote.call_together(call, config, "the self-test", remote.call_timeout_s, again=RANK_LOST, ranks=ranks)
 
 
 def dtype_name(spec: ComfySpec) -> str:

@@ -40,8 +40,8 @@ from rayltx.comfy_dist.main_process.module_snapshot import QuickState
 from rayltx.comfy_dist.main_process.option_state import OptionState
 from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
-from rayltx.comfy_dist.main_process.rank_choice import RankChoice, StepKind
-from rayltx.comfy_dist.main_process.self_test_record import dtype_name, prove_seam
+from rayltx.comfy_dist.main_process.rank_choice import RankChoice, StepKind, fewer_ranks
+from rayltx.comfy_dist.main_process.self_test_record import dtype_name, prove_seam, prove_seam_on_first
 from rayltx.comfy_dist.main_process.sent_hooks import SentHooks
 from rayltx.comfy_dist.self_test import Case, case_like
 from rayltx.comfy_dist.wire import (
@@ -62,7 +62,7 @@ from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.messages import Message, pack
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import ask, ask_together
-from rayltx.errors import RANK_LOST, InputError, UnsupportedError, listed
+from rayltx.errors import RANK_LOST, InputError, SelfTestError, UnsupportedError, listed
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class WorkerLink:
         self.cluster, self.remote, self.spec = cluster, remote, detected.spec
         self._base_model = weakref.ref(detected.base_model)
         self._proved: tuple[Cluster, ParallelConfig] | None = None
+        self._proved_on_first: dict[tuple[Cluster, ParallelConfig], SelfTestError | None] = {}  # why it is not
         self._own_patches = PatchState()  # of the MODEL that was last loaded
         self._sent_patches: PatchState | None = None
         self._patches_digest = b""
@@ -220,27 +221,32 @@ class WorkerLink:
             inputs = dataclasses.replace(inputs, hooks_key=self.hooks.key_of(patcher))
 
         def step(saving: MemorySaving | None) -> ModelOutput:
-            def compute(alone: bool) -> ModelOutput:
+            def compute(ranks: int) -> ModelOutput:
+                config = self.placement.config
                 sent = inputs if saving is None else saving.step(inputs)
-                sent = dataclasses.replace(sent, alone=True, way=Way()) if alone else sent
+                if ranks < config.world_size:
+                    self._prove_on_first(ranks)
+                    sent = dataclasses.replace(sent, by_fewer=True, way=Way())
                 call = ask_together(ComfyHost.forward, sent)
-                out = self.remote.call_together(call, self.placement.config, poll=raise_if_cancelled, alone=alone)
+                out = self.remote.call_together(call, config, poll=raise_if_cancelled, ranks=ranks)
                 assert out is not None, "rank 0 answers"
                 return out
 
-            return compute(False) if saving is not None else self._by_best_ranks(model, x, kept, compute)
+            if saving is not None:
+                return compute(self.placement.config.world_size)
+            return self._by_best_ranks(model, x, kept, compute)
 
         out = self.memory.within(step)
         device = (x[0] if isinstance(x, (list, tuple)) else x).device
         return [stream.to(device) for stream in out] if isinstance(out, (list, tuple)) else out.to(device)
 
     def _by_best_ranks(
-        self, model: DiffusionModel, x: Any, options: Options, compute: Callable[[bool], ModelOutput]
+        self, model: DiffusionModel, x: Any, options: Options, compute: Callable[[int], ModelOutput]
     ) -> ModelOutput:
-        """A step by one rank (True) or by all. x: as the model's forward takes it."""
+        """A step by all ranks, or by so many of the first. x: as the model's forward takes it."""
         link, config = self.cluster.group.link_report, self.placement.config
         if link is None or config.world_size == 1 or self.placement.request.on_cpu:
-            return compute(False)  # workers on the CPU share its cores
+            return compute(config.world_size)  # workers on the CPU share its cores
         name = f"{self.spec.model_version} of {', '.join(self.spec.weight_kinds)} in {dtype_name(self.spec)}"
         workers = self.cluster.workers()[: config.world_size]
         kind = StepKind.of(name, model, x, config, workers, link, self.placement.weight_budget)
@@ -249,12 +255,24 @@ class WorkerLink:
             return self._rank_choice.step_of_all(kind, link.exchange, element_bytes, compute)
         # Code of a patch may count its calls, and has to be where it is on all ranks.
         has_code = self._sent_patches is None or bool(names_of_patches(self._sent_patches, options))
-        if has_code or not self.memory.has_room_for_whole():
-            return compute(False)
+        fewer = [] if has_code else [n for n in fewer_ranks(config.world_size) if self.memory.has_room_on_first(n)]
         group = self.cluster.group
         return self._rank_choice.step(
-            kind, link.exchange, element_bytes, compute, was_disturbed=lambda: group.link_report is not link
+            kind, link.exchange, element_bytes, compute, fewer, was_disturbed=lambda: group.link_report is not link
         )
+
+    def _prove_on_first(self, ranks: int) -> None:
+        """Raises SelfTestError where the seam is not proven on so many of the first ranks. One shares nothing."""
+        key = self.cluster, self.placement.config.of_first(ranks)
+        if ranks > 1 and key not in self._proved_on_first:
+            workers, failed = self.cluster.workers(), None
+            try:
+                prove_seam_on_first(self.remote, self.placement, ranks, workers, self.spec, self.base_model)
+            except SelfTestError as error:
+                failed = error
+            self._proved_on_first[key] = failed
+        if failed := self._proved_on_first.get(key):
+            raise failed
 
     def _with_proved_patches(self, inputs: StepInputs, options: Options) -> StepInputs:
         """The same with how it is shared. Raises UnsupportedError for patches that cannot be shared."""

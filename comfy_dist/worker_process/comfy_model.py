@@ -104,7 +104,7 @@ class ComfyModel(ComfyHost):
                 self._kept_text.forget()
                 self._patcher.patch_hooks(hooks)
             options = self._with_changing(self._options[inputs.options_key][1], inputs)
-            keeps = self._has_no_code and not inputs.alone  # the room for it was found for a rank's share
+            keeps = self._has_no_code and not inputs.by_fewer
             kept = (self._kept_text, self._kept_tables) if keeps else (None, None)
             if not keeps:
                 self._kept_tables.forget()  # next to those that the step makes
@@ -141,7 +141,8 @@ class ComfyModel(ComfyHost):
         kept_tables: KeptTables | None = None,
     ) -> AbstractContextManager[None]:
         chunks, way = options.get(CHUNKS_OPTION, SAVING if inputs.saves_memory else UNASKED), inputs.way
-        as_projected = self._as_projected and not inputs.alone
+        is_alone = inputs.by_fewer and group.world is None  # for which it was not proven
+        as_projected = self._as_projected and not is_alone
         return shared(
             self.diffusion_model, group, chunks, way.gathered, as_projected, way.rows_apart, kept_text, kept_tables
         )

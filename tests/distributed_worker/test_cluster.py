@@ -154,6 +154,32 @@ def test_a_rank_that_fails_alone_costs_the_step_and_nothing_else(cluster, loaded
     assert remote.digest() == digest, "a write by one worker reached the others"
 
 
+@pytest.mark.parametrize("kind, replaced", [(None, 0), ("exit", 1), ("raise", 0)])
+def test_the_first_ranks_compute_without_the_others(cluster, loaded, tmp_path, kind, replaced):
+    remote, inputs, reference = loaded
+    config = ParallelConfig(3, 1)
+    whole = remote.forward(inputs, config)
+    pids = [info.pid for info in cluster.workers()]
+    fail = {**inputs, "fail": (kind, 1, str(tmp_path / "failed"))}
+    answers = [remote.call_together(ask_together(Host.forward, fail), config, ranks=2) for _ in range(2)]
+    of_two = remote.forward(inputs, ParallelConfig(2, 1))  # by a group of two from the start
+    assert all(torch.equal(answer[name], of_two[name]) for answer in answers for name in of_two)
+    assert worst_error(of_two, reference) < 2e-6
+    assert all(torch.equal(again, whole[name]) for name, again in remote.forward(inputs, config).items())
+    assert sum(info.pid not in pids for info in cluster.workers()) == replaced
+
+
+def test_the_group_of_all_is_not_formed_anew_by_what_its_first_ranks_compute(cluster, loaded):
+    remote, inputs, reference = loaded
+    config = ParallelConfig(3, 1)
+    remote.forward(inputs, config)
+    report = cluster.group.link_report
+    for ranks in (2, 1, 2, None, 2):
+        answer = remote.call_together(ask_together(Host.forward, inputs), config, ranks=ranks)
+        assert worst_error(answer, reference) < 2e-6
+    assert cluster.group.link_report is report and cluster.group.config == config
+
+
 @pytest.mark.parametrize("kind", ["alike", "out of memory while others wait", "user error"])
 def test_one_rank_that_fails_alone_leaves_the_group_of_all_as_it_is(cluster, loaded, tmp_path, kind):
     remote, inputs, reference = loaded
@@ -162,7 +188,7 @@ def test_one_rank_that_fails_alone_leaves_the_group_of_all_as_it_is(cluster, loa
     report = cluster.group.link_report
     fail = {**inputs, "fail": (kind, 0, str(tmp_path / "failed"))}
     with pytest.raises((OutOfMemory, RanksFailedAlike, InputError)):
-        remote.call_together(ask_together(Host.forward, fail), config, alone=True)
+        remote.call_together(ask_together(Host.forward, fail), config, ranks=1)
     assert cluster.group.config == config and not cluster.group.is_broken
     assert worst_error(remote.forward(inputs, config), reference) < 2e-6
     assert cluster.group.link_report is report, "the group was formed anew"
@@ -175,7 +201,7 @@ def test_one_rank_computes_alone_and_the_group_of_all_stays(cluster, loaded, tmp
     assert worst_error(remote.forward(inputs, config), reference) < 2e-6
     pids, report = [info.pid for info in cluster.workers()], cluster.group.link_report
     fail = {**inputs, "fail": (kind, 0, str(tmp_path / "failed"))}
-    answer = remote.call_together(ask_together(Host.forward, fail), config, alone=True)
+    answer = remote.call_together(ask_together(Host.forward, fail), config, ranks=1)
     assert worst_error(answer, reference) < 2e-6
     assert sum(info.pid not in pids for info in cluster.workers()) == replaced
     assert worst_error(remote.forward(inputs, config), reference) < 2e-6

@@ -88,6 +88,40 @@ def test_as_many_groups_as_the_rows_allow(ranks):
     assert sizes == [[1] * 4, [2] * 4, [4] * 4]
 
 
+def attention_of_first(degrees, first, heads):
+    """What the first of a group's ranks come to without the others, who go on to what all do then."""
+    of_all = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    config = ParallelConfig(*degrees).of_first(first)
+    found = None
+    if of_all.rank < first:
+        group = SequenceParallelGroup.of_first(config)
+        found = attended(RowShare.of(group, 2).group, heads), attended(group, heads)
+    return found, attended(of_all, heads)
+
+
+def attended(group, heads):
+    """Of a group's tokens, gathered on its rank 0."""
+    partition = TokenPartition.of(29, group.config)
+    q, k, v = (x[:, partition.local(group.rank)] for x in qkv(1, 29, heads, 8, torch.float32))
+    exchange = SelfAttentionExchange(group, partition, heads)
+    value, query, key = exchange.send(v), exchange.send(q), exchange.send(k)
+    whole = gather_tokens(exchange.attend(query, key, value, torch_attention), partition.tokens, group.world)
+    return None if whole is None else whole.numpy()
+
+
+@pytest.mark.parametrize(
+    "degrees, first", [((4, 1), 2), ((4, 1), 3), ((2, 2), 2), ((2, 1, 2), 2), ((1, 1, 4), 2), ((2, 2), 1)]
+)
+def test_the_first_ranks_share_a_sequence_while_others_do_not(ranks, degrees, first):
+    reference = whole_attention(*qkv(1, 29, 5, 8, torch.float32))
+    found = ranks.run(4, attention_of_first, degrees, first, 5)
+    for rank, (of_first, of_all) in enumerate(found):
+        assert (of_first is None) == (rank >= first) and (of_all is None) == (rank > 0)
+        for out in (*(of_first or ()), of_all):
+            if out is not None:
+                assert relative_error(torch.from_numpy(out), reference) < 5e-7
+
+
 def whole_attention(q, k, v, mask=None):
     """float64, by the formula."""
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))

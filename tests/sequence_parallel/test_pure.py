@@ -20,6 +20,22 @@ def test_even_partition_covers_everything_once():
     ]
 
 
+@pytest.mark.parametrize(
+    "degrees, ranks, expected",
+    [
+        ((8,), 4, (4,)), ((5,), 3, (3,)), ((2, 2), 2, (1, 2)), ((2, 1, 2), 2, (1, 1, 2)), ((2, 1, 2), 3, (3,)), ((4,), 1, (1,)),
+        ((1, 1, 2, 4), 4, (1, 1, 2, 2)), ((1, 1, 2, 2), 2, (1, 1, 2)), ((2, 2), 1, (1,)),
+    ],
+)  # fmt: skip
+def test_the_first_ranks_share_as_all_do_where_that_divides(degrees, ranks, expected):
+    assert ParallelConfig(*degrees).of_first(ranks) == ParallelConfig(*expected)
+
+
+def test_the_first_ranks_keep_their_shares():
+    config = ParallelConfig(4, shares=(1.0, 2.0, 3.0, 4.0))
+    assert config.of_first(2).shares == (1.0, 2.0) and config.of_first(1) == ParallelConfig()
+
+
 @pytest.mark.parametrize("total", [0, 1, 7, 100, 14080])
 @pytest.mark.parametrize("shares", [(1.0,), (1.0, 1.0, 1.0), (3.0, 2.0), (0.35, 1.0, 0.6, 1.0), (1e6, 1.0)])
 def test_shares_are_kept_to_within_a_token(total, shares):
