@@ -38,6 +38,7 @@ from rayltx.diffusion_models.lightricks.projected_exchange import (
 )
 from rayltx.diffusion_models.lightricks.roles import TEXT_ROLES, AttentionRole
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
+from rayltx.diffusion_models.lightricks.sound_ahead import SoundAhead
 from rayltx.diffusion_models.lightricks.timestep_rows import TimestepRows
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.masks import GroupedMask, SelfAttentionMask
@@ -109,6 +110,15 @@ def sharded(
             if original is not None:  # guide masks came later than the rest
                 scope.enter_context(replaced(diffusion_model, name, functools.partial(wrapper, original)))
         for number, block in enumerate(diffusion_model.transformer_blocks):
+            sound = None
+            if (
+                as_projected
+                and not gathered
+                and group.world is not None
+                and SoundAhead.can_go_ahead(block, _is_untouched)
+            ):
+                sound = SoundAhead(block)
+                scope.enter_context(sound.installed(replaced))
             scope.callback(block.register_forward_pre_hook(functools.partial(_at_block, group)).remove)
             for role in AttentionRole:
                 attention = getattr(block, role.value, None)
@@ -121,7 +131,7 @@ def sharded(
                 tag = _tag_preferred if name in gathered else functools.partial(_tag_role, role)
                 scope.callback(attention.register_forward_pre_hook(tag, with_kwargs=True).remove)
                 if as_projected and role is AttentionRole.VIDEO_SELF and name not in gathered and is_known(attention):
-                    projecting = functools.partial(forward.project_and_attend, attention, attention.forward)
+                    projecting = functools.partial(forward.project_and_attend, attention, attention.forward, sound)
                     scope.enter_context(replaced(attention, "forward", projecting))
         scope.enter_context(agreed_input_scales(diffusion_model, scales_of or group))
         if kept_text is not None and not kept_text.is_off:
@@ -206,11 +216,17 @@ def _has_comfyuis(model_class: type, name: str) -> bool:
 def _is_untouched(module: nn.Module) -> bool:
     """Whether a module computes what a class of ComfyUI's, torch's or ours says, and nobody else looks on."""
     own = module.__dict__
+    if "forward" in own or not _is_of_known_origin(type(module).forward):
+        return False
     hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-    # By where its code is: a function that wraps another says that it is from the other's module.
-    origin = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
-    is_known = origin.partition(".")[0] in _LAYERS_FROM
-    return is_known and "forward" not in own and all(type(hook).__module__.startswith(_OURS) for hook in hooks)
+    return all(type(hook).__module__.startswith(_OURS) for hook in hooks)
+
+
+@functools.cache  # it is asked of each layer at each step
+def _is_of_known_origin(forward: Callable[..., Any]) -> bool:
+    """By where its code is: a function that wraps another says that it is from the other's module."""
+    origin = getattr(forward, "__globals__", {}).get("__name__", "")
+    return origin.partition(".")[0] in _LAYERS_FROM
 
 
 @contextlib.contextmanager
@@ -238,7 +254,7 @@ class _ShardedForward:
         self._group, self._model, self._kept_tables = group, model, kept_tables
         self._sequence: ShardedSequence | None = None
         self._override: Callable[..., Tensor] | None = None  # this one's, where there was none before
-        self._text_is_read_only = False
+        self._is_unwatched = False
 
     def wrappers(self) -> dict[str, Callable[..., Any]]:
         """By the name of ComfyUI's method."""
@@ -350,8 +366,8 @@ class _ShardedForward:
         before = options.get(OVERRIDE)
         options[OVERRIDE] = functools.partial(self.attend, before)
         self._override = options[OVERRIDE] if before is None else None
-        self._text_is_read_only = before is None and not any(options.get(name) for name in _PATCHES_INSIDE)
-        if self._kept_tables is not None and not self._text_is_read_only:
+        self._is_unwatched = before is None and not any(options.get(name) for name in _PATCHES_INSIDE)
+        if self._kept_tables is not None and not self._is_unwatched:
             self._kept_tables.forget()  # a patch can write to them
         return original(*args, transformer_options=options, **kwargs)
 
@@ -397,13 +413,17 @@ class _ShardedForward:
         self,
         attention: Any,
         original: Callable[..., Tensor],
+        sound: SoundAhead | None,
         x: Tensor,
         *args: Any,
         pe: Any = None,
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The forward of video self-attention's module, which is known. original: ComfyUI's, for what is not written here."""
+        """The forward of video self-attention's module, which is known. original: ComfyUI's, for what is not written here.
+
+        sound: the block's, if it can go ahead.
+        """
         options = transformer_options or {}
         rest = [*args, *(value for value in kwargs.values() if value is not None)]
         is_ours = self._override is not None and options.get(OVERRIDE) is self._override
@@ -416,13 +436,14 @@ class _ShardedForward:
         plain = {"attn_precision": attention.attn_precision, "transformer_options": _plain(options, None)}
         local = functools.partial(_local, kernel_of(attention), plain, own_mask)
         sequence = ShardedSequence(group, self.sequence.partition, own_mask)
-        return attend_while_projecting(attention, sequence, x, pe, local)
+        meanwhile = sound.go if sound is not None and self._is_unwatched else None
+        return attend_while_projecting(attention, sequence, x, pe, local, meanwhile)
 
     def project_text(
         self, kept_text: KeptText, layer: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor
     ) -> Tensor:
         """The forward of a layer of `_layers_of_text`."""
-        return kept_text.project(layer, original, x) if self._text_is_read_only else original(x)
+        return kept_text.project(layer, original, x) if self._is_unwatched else original(x)
 
     def on_all_tokens(
         self, original: Callable[..., Tensor], module_name: str, x: Tensor, *args: Any, **kwargs: Any

@@ -23,6 +23,7 @@ from rayltx.devices import KINDS
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.feed_forward import chunked_feed_forward
 from rayltx.diffusion_models.lightricks.inputs import ForwardInputs
+from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape, video_positions
 from rayltx.diffusion_models.lightricks.roles import TEXT_ROLES, AttentionRole
@@ -37,6 +38,7 @@ from rayltx.sequence_parallel.ulysses import gather_tokens
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Modules that turn the timesteps of video tokens into modulations, and are therefore run on rows.
 _VIDEO_TIMESTEP_MODULES = ("time_embed", "av_cross_attn_video_scale_shift", "av_cross_attn_video_a2v_gate")
+_TABLES = ("rope", "audio_rope", "cross_attn_rope", "cross_attn_audio_rope")  # modules that make them of positions
 
 
 class DiffusersHost:
@@ -45,6 +47,7 @@ class DiffusersHost:
     def __init__(self, model: DiffusersModel, device: str = "cpu") -> None:
         self.model = model
         self.kept_text = KeptText(lambda: KINDS[self.device.type].free_bytes(self.device.index or 0))
+        self.kept_tables = KeptTables()
         self.device = torch.device(device)
         self._transformer = model.build()
         self._official = {official: name for name, official in model.names.items()}
@@ -92,6 +95,7 @@ class DiffusersHost:
     def close(self) -> None:
         """Nothing but this object holds the model."""
         self.kept_text.forget()
+        self.kept_tables.forget()
         self._copies.clear()
 
     def forward(self, group: SequenceParallelGroup, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -149,7 +153,7 @@ class DiffusersHost:
 
         self._sequence, self._rows, self._feed_forward_chunks = sequence, rows, inputs.feed_forward_chunks
         try:
-            with self.kept_text.in_forward(self._layers_of_text()):
+            with self.kept_text.in_forward(self._layers_of_text()), self.kept_tables.in_forward():
                 video_local, *audio = self._transformer(**arguments)
         finally:
             self._sequence = self._rows = None
@@ -228,23 +232,34 @@ class DiffusersHost:
             from_other_stream = self.model.cross_timestep and name != "time_embed"
             if hasattr(self._transformer, name) and not from_other_stream:
                 getattr(self._transformer, name).register_forward_hook(self._expand_rows)
-        if self.model.has_audio:
-            for name in ("rope", "audio_rope", "cross_attn_rope", "cross_attn_audio_rope"):
-                self._guard_empty(getattr(self._transformer, name))
+        for name in _TABLES:
+            if hasattr(self._transformer, name):
+                self._keep_tables(getattr(self._transformer, name))
 
     def _chunk(self, feed_forward: nn.Module) -> None:
         at_once = feed_forward.forward
         feed_forward.forward = lambda x: chunked_feed_forward(at_once, x, self._feed_forward_chunks)
 
-    @staticmethod
-    def _guard_empty(rope: nn.Module) -> None:
-        """diffusers' tables of positions cannot be made for no tokens; `_rotate` does not look at them then."""
-        table = rope.forward
+    def _keep_tables(self, rope: nn.Module) -> None:
+        """Let steps with the same positions have the same tables.
 
-        def forward(coords: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return None if coords.shape[2] == 0 else table(coords, *args, **kwargs)
+        diffusers' cannot be made for no tokens; `_rotate` does not look at them then.
+        """
+        make = rope.forward
 
-        rope.forward = forward
+        def of_positions(positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return None if positions.shape[2] == 0 else self.kept_tables.tables(make, rope, positions, *args, **kwargs)
+
+        def of_video(tokens: Tensor, *args: Any) -> Any:
+            """LTX-Video's, whose positions come last. Of the tokens it takes the device."""
+            *sizes, positions = args
+
+            def make_of(positions: Tensor, *sizes: Any) -> Any:
+                return make(tokens, *sizes, positions)
+
+            return self.kept_tables.tables(make_of, rope, positions, *sizes)
+
+        rope.forward = of_positions if self.model.has_audio else of_video
 
     def _expand_rows(self, module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._rows is not None

@@ -9,51 +9,28 @@ Letters in shapes: B batch, n tokens of this rank, D width, H heads, E head widt
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import inspect
-import io
-import textwrap
-import tokenize
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rayltx.diffusion_models.lightricks.known_code import has_known_forward
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.sequence_parallel.local_attention import Attend
 
-# SHA-256 of the tokens of `CrossAttention.forward`, which comments and lines' ends are none of.
 _KNOWN = (
-    "84573b95b816d136",  # 0.20
+    "84573b95b816d136",  # `CrossAttention.forward`, 0.20
     "4293b94812c8b659",  # 0.24 to 0.28
     "4633212c9d9aec51",  # 0.29 to 0.30
     "adac9916edd1cbfd",  # 0.33
 )
-_LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 SKIPPED = "stg_skip_self_attn"  # in the options, where the values pass through
 
 
 def is_known(attention: nn.Module) -> bool:
     """Whether a module's forward is ComfyUI's own of a known version, word for word."""
-    if "forward" in attention.__dict__:
-        return False
-    forward = type(attention).forward
-    # Its code, since the source of a function that wraps another is told to be the other's.
-    return isinstance(forward, types.FunctionType) and _digest(forward.__code__) in _KNOWN
-
-
-@functools.cache
-def _digest(code: types.CodeType) -> str:
-    try:
-        source = textwrap.dedent(inspect.getsource(code))
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (OSError, SyntaxError, tokenize.TokenError):  # there is none, or a line of it that is a part of something
-        return ""
-    words = " ".join(token.string for token in tokens if token.type not in _LAYOUT)
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
+    return has_known_forward(attention, _KNOWN)
 
 
 def kernel_of(attention: nn.Module) -> Callable[..., Tensor]:
@@ -69,11 +46,17 @@ def _globals_of(attention: nn.Module) -> dict[str, Any]:
 
 
 def attend_while_projecting(
-    attention: Any, sequence: ShardedSequence, x: Tensor, positions: Any, attend: Attend
+    attention: Any,
+    sequence: ShardedSequence,
+    x: Tensor,
+    positions: Any,
+    attend: Attend,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
     """The forward of a known module, for this rank's tokens.
 
     x: (B, n, D). positions: what the module's forward takes as `pe`. attend: the kernel, for heads of (B, tokens, H, E).
+    meanwhile: called where the keys are on their way, before they are waited for.
     Returns (B, n, D). Collective.
     """
     rotate = _globals_of(attention)["apply_rotary_emb"]
@@ -91,6 +74,8 @@ def attend_while_projecting(
     gates = None
     if attention.to_gate_logits is not None:  # while the keys are on their way
         gates = 2.0 * torch.sigmoid(attention.to_gate_logits(x))
+    if meanwhile is not None:
+        meanwhile()
     out = exchange.attend(query, key, value, attend, mask=sequence.self_attention_mask)
     if gates is not None:
         out = out * gates.unsqueeze(-1)
