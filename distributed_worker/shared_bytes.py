@@ -96,18 +96,19 @@ class Segment(MemoryFile):
         self.sizes = [part.nbytes for part in parts]
         self.offsets: list[int] = []
         self._given: list[weakref.ref[SharedBytes]] = []
+        self._mapping: mmap.mmap | None = None  # to write to: only of pages that are there
         end = _ALIGNMENT  # behind the number
         for size in self.sizes:
             self.offsets.append(end)
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
         os.ftruncate(self.fd, end)
-        self._write(parts)
-
-    def _write(self, parts: Sequence[np.ndarray]) -> None:
-        self.content = secrets.randbits(63)
-        os.pwrite(self.fd, _HEADER.pack(self.content), 0)
+        self._renew_content()
         for part, offset in zip(parts, self.offsets):
             _write(self.fd, part, offset)
+
+    def _renew_content(self) -> None:
+        self.content = secrets.randbits(63)
+        os.pwrite(self.fd, _HEADER.pack(self.content), 0)
 
     def rewrite(self, parts: Sequence[np.ndarray]) -> bool:
         """Put others of the same sizes in their place. Returns False, and does nothing, where somebody may still want those that
@@ -124,7 +125,11 @@ class Segment(MemoryFile):
         except BlockingIOError:
             return False
         try:
-            self._write(parts)
+            self._renew_content()
+            # Through a mapping, which takes half of what writing to the file does once its pages are there.
+            self._mapping = self._mapping or self.map(Access.WRITE)
+            for part, offset in zip(parts, self.offsets):
+                np.frombuffer(self._mapping, np.uint8, part.nbytes, offset)[:] = part
         finally:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
         return True
