@@ -1,11 +1,13 @@
 """What ranks run to see when a ComfyUI block does the sound's own work. A module of its own, imported by name."""
 
+import math
 from unittest import mock
 
 import torch
 from comfy_models import tiny_model
 
 from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.diffusion_models.lightricks.sound_ahead import SoundAhead
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -38,6 +40,29 @@ def answers_with_and_without(path, version, degrees):
                     answers.append(self_test.call(model, case, CPU))
             equal[case.name] = all(map(torch.equal, *answers)), sum(given)
     return equal
+
+
+def products_of_the_text(path, version):
+    """Whether the sound's and the picture's text are projected, in the first and the second of two steps that keep it."""
+    model = tiny_model(path, version)
+    from rayltx.comfy_dist import self_test
+
+    group, kept = SequenceParallelGroup.create(ParallelConfig(2)), KeptText(lambda: math.inf)
+    args, kwargs = self_test.forward_arguments(model, self_test.CASES[0], CPU)
+    block = model.transformer_blocks[0]
+    layers = {name: getattr(block, name).to_k.weight.data_ptr() for name in ("attn2", "audio_attn2")}
+    linear, found = torch.nn.functional.linear, []
+
+    def spied(x, weight, *rest):
+        found[-1].update(name for name, place in layers.items() if weight.data_ptr() == place)
+        return linear(x, weight, *rest)
+
+    with torch.inference_mode(), mock.patch.object(torch.nn.functional, "linear", spied):
+        for _ in range(2):
+            found.append(set())
+            with sharded(model, group, kept_text=kept):
+                self_test.answer(model, args, kwargs)
+    return found
 
 
 def order_of_events(path, version):

@@ -99,6 +99,8 @@ def sharded(
         kept_tables.forget()
         kept_tables = None
     forward = _ShardedForward(group, diffusion_model, kept_tables)
+    keeps_text = kept_text is not None and not kept_text.is_off
+    layers_of_text = _layers_of_text(diffusion_model, gathered) if keeps_text else []  # while modules are as they were
     with contextlib.ExitStack() as scope:
         if kept_tables is not None:
             scope.enter_context(kept_tables.in_forward())
@@ -134,10 +136,9 @@ def sharded(
                     projecting = functools.partial(forward.project_and_attend, attention, attention.forward, sound)
                     scope.enter_context(replaced(attention, "forward", projecting))
         scope.enter_context(agreed_input_scales(diffusion_model, scales_of or group))
-        if kept_text is not None and not kept_text.is_off:
-            layers = _layers_of_text(diffusion_model, gathered)
-            scope.enter_context(kept_text.in_forward(layers))
-            for layer in layers:
+        if kept_text is not None and keeps_text:
+            scope.enter_context(kept_text.in_forward(layers_of_text))
+            for layer in layers_of_text:
                 project = functools.partial(forward.project_text, kept_text, layer, layer.forward)
                 scope.enter_context(replaced(layer, "forward", project))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)

@@ -26,8 +26,12 @@ _KNOWN = (
 )
 # In the options, what a block does. For the sound by itself:
 _SOUND_ALONE = {"run_vx": False, "a2v_cross_attn": False, "v2a_cross_attn": False}
-_OWN_ATTENTION, _FEED_FORWARD = ("audio_attn1", "audio_attn2"), "audio_ff"
+_OWN_ATTENTION = ("audio_attn1", "audio_attn2")  # to itself and to the text, in this order
 _OPTIONS = "transformer_options"
+
+
+class _Reached(Exception):
+    """What comes behind needs the picture."""
 
 
 class SoundAhead:
@@ -46,7 +50,7 @@ class SoundAhead:
 
         What is inside of these is called once, with what it is called with otherwise; so are hooks of the block.
         """
-        called_twice = [getattr(block, name, None) for name in (*_OWN_ATTENTION, _FEED_FORWARD)]
+        called_twice = [getattr(block, name, None) for name in _OWN_ATTENTION]
         return has_known_forward(block, _KNOWN) and all(
             isinstance(module, nn.Module) and is_untouched(module) for module in called_twice
         )
@@ -62,10 +66,6 @@ class SoundAhead:
             for name in _OWN_ATTENTION:
                 module = getattr(self._block, name)
                 scope.enter_context(replaced(module, "forward", functools.partial(self._attend, name, module.forward)))
-            feed_forward = getattr(self._block, _FEED_FORWARD)
-            scope.enter_context(
-                replaced(feed_forward, "forward", functools.partial(self._feed_forward, feed_forward.forward))
-            )
             yield
 
     def go(self) -> None:
@@ -82,9 +82,8 @@ class SoundAhead:
         try:
             # The block writes to the streams that it is given.
             self._block.forward((streams[0], sound.clone()), *args, **{**kwargs, _OPTIONS: {**options, **_SOUND_ALONE}})
-        except BaseException:
-            self._given.clear()
-            raise
+        except _Reached:
+            pass
         finally:
             self._is_ahead = False
 
@@ -101,8 +100,6 @@ class SoundAhead:
         out = original(*args, **kwargs)
         if self._is_ahead:
             self._given[name] = out
+            if name == _OWN_ATTENTION[-1]:
+                raise _Reached
         return out
-
-    def _feed_forward(self, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Behind what the picture tells the sound: not ahead of it."""
-        return x if self._is_ahead else original(x, *args, **kwargs)

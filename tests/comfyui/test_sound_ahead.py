@@ -3,7 +3,15 @@
 import pytest
 from comfy_checkout import find_comfyui
 from comfy_models import CONFIGS
-from comfy_sound_ahead import SENT, SOUND, SOUND_FEED_FORWARD, WAITED, answers_with_and_without, order_of_events
+from comfy_sound_ahead import (
+    SENT,
+    SOUND,
+    SOUND_FEED_FORWARD,
+    WAITED,
+    answers_with_and_without,
+    order_of_events,
+    products_of_the_text,
+)
 
 WITH_SOUND = [version for version in CONFIGS if version != "LTX-Video"]
 
@@ -34,3 +42,8 @@ def test_the_sound_goes_on_between_the_last_send_and_the_first_wait(comfy, ranks
                 assert order[:first_wait] == [SENT] * sends_before + [SOUND] * 2, order
             else:
                 assert min(at) > first_wait, what
+
+
+def test_the_text_of_the_sound_is_kept_as_that_of_the_picture_is(comfy, ranks):
+    for found in ranks.run(2, products_of_the_text, str(find_comfyui()), "LTX-2"):
+        assert found == [{"attn2", "audio_attn2"}, set()]
