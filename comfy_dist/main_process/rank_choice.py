@@ -157,6 +157,7 @@ class RankChoice:
         answers[every], seconds[every] = _timed(compute, every)
         if was_disturbed():
             return answers[every]
+        all_tried = True
         for ranks in fewer:
             if kind.least_s(ranks, seconds[every], link_s) >= min(seconds.values()):
                 break  # nor are fewer
@@ -166,12 +167,15 @@ class RankChoice:
             except (OutOfMemory, RanksFailedAlike, SelfTestError) as error:
                 told = kind.video_tokens, _gpus(ranks), first_line(error)
                 logger.info("a step of %d video tokens is not for %s: %s", *told)
+                all_tried = False  # what was in the way may be gone at the next start
                 if not isinstance(error, SelfTestError):
                     break
             if was_disturbed():
                 return answers[every]
         chosen = min(seconds, key=lambda ranks: (seconds[ranks], ranks))
-        self._remember(kind, chosen)
+        self._ranks[kind] = chosen
+        if all_tried:
+            self._remember(kind, chosen)
         if len(seconds) > 1:
             logger.info(
                 "a step of %d video tokens takes %s (the link takes up to %.3f s of it, at %.1f GB/s and %.2f ms for each "
@@ -213,7 +217,6 @@ class RankChoice:
             return compute(every)
 
     def _remember(self, kind: StepKind, ranks: int) -> None:
-        self._ranks[kind] = ranks
         record = {**read_record(self._path), str(kind): ranks}
         write_record(self._path, record, "how many GPUs take which steps", "it will be tried again")
 

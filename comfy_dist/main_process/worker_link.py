@@ -87,7 +87,7 @@ class WorkerLink:
         self.cluster, self.remote, self.spec = cluster, remote, detected.spec
         self._base_model = weakref.ref(detected.base_model)
         self._proved: tuple[Cluster, ParallelConfig] | None = None
-        self._proved_on_first: dict[tuple[Cluster, ParallelConfig], SelfTestError | None] = {}  # why it is not
+        self._proved_on_first: dict[int, SelfTestError | None] = {}  # by how many of its first ranks: why it is not
         self._own_patches = PatchState()  # of the MODEL that was last loaded
         self._sent_patches: PatchState | None = None
         self._patches_digest = b""
@@ -173,7 +173,7 @@ class WorkerLink:
             if self._proved != (cluster, placement.config):
                 warn_if_ring_replaces(placement.comfyui_arguments, placement.config.ring_degree)
                 prove_seam(self.remote, placement, cluster.workers(), self.spec, self.base_model)
-                self._proved = (cluster, placement.config)
+                self._proved, self._proved_on_first = (cluster, placement.config), {}
             # Before weights take the devices' memory: communicators need some.
             cluster.group.repeated(lambda: cluster.group.form(placement.config), "forming the group")
 
@@ -263,15 +263,14 @@ class WorkerLink:
 
     def _prove_on_first(self, ranks: int) -> None:
         """Raises SelfTestError where the seam is not proven on so many of the first ranks. One shares nothing."""
-        key = self.cluster, self.placement.config.of_first(ranks)
-        if ranks > 1 and key not in self._proved_on_first:
+        if ranks > 1 and ranks not in self._proved_on_first:
             workers, failed = self.cluster.workers(), None
             try:
                 prove_seam_on_first(self.remote, self.placement, ranks, workers, self.spec, self.base_model)
             except SelfTestError as error:
                 failed = error
-            self._proved_on_first[key] = failed
-        if failed := self._proved_on_first.get(key):
+            self._proved_on_first[ranks] = failed
+        if failed := self._proved_on_first.get(ranks):
             raise failed
 
     def _with_proved_patches(self, inputs: StepInputs, options: Options) -> StepInputs:

@@ -165,9 +165,11 @@ def test_fewer_ranks_are_not_tried_where_they_cannot_be_faster(kind, choice, mon
 
 
 def test_a_step_that_does_not_fit_fewer_ranks_stays_with_all(kind, choice, monkeypatch):
-    steps, ours = Steps(monkeypatch, {1: 1.0}, {2: OutOfMemory("rank 0 of 2 ran out of memory")}), choice()
+    steps, ours = Steps(monkeypatch, {2: 2.0, 1: 1.9}, {2: OutOfMemory("rank 0 of 2 ran out of memory")}), choice()
     assert [ours(kind, SLOW, steps) for _ in range(2)] == ["by 4"] * 2
     assert steps.asked == [4, 4, 2, 4], "one has less room yet"
+    steps.unfit = {}
+    assert choice()(kind, SLOW, steps) == "by 1", "in another process there may be room"
 
 
 def test_one_rank_is_tried_where_two_are_not_proven(kind, choice, monkeypatch):
