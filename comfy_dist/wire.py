@@ -44,7 +44,7 @@ class StepInputs:
     load: LoadInputs
     way: Way = Way()
     saves_memory: bool = False  # read by `ComfyModel`: a device's memory ran out
-    by_fewer: bool = False  # read by `ComfyModel`: of the ranks that the room for what it keeps was found for
+    by_fewer: bool = False  # read by `ComfyModel`: than the ranks for which there is room to keep text
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rayltx.distributed_worker.shared_pages import libc, protected_views
 
 # Smaller tensors travel inside of the message: an object of its own costs about a millisecond.
 INLINE_BYTES = 64 * 2**10
-_MOST_ENTRIES = 64  # of what was sent: each holds two descriptors, of which a process often has a thousand
+_MOST_ENTRIES = 64  # of what was sent: each holds up to four descriptors, of which a process often has a thousand
 _CALLS_APART = (
     4  # at most, of two that are sent the same: a guider may ask for so many in a step, each with its own text
 )

@@ -134,7 +134,7 @@ class RemoteModel:
 
         Tensors in the arguments may be anywhere, and travel once for as long as they stay the same.
         timeout_s: None stands for the request's limit of a step. poll: see `wait_for_outcomes`; raising in it cancels.
-        ranks: so many of the first run it, as a group of their own. None: all. The group of all stays as it is.
+        ranks: so many of the first run it, as a group of their own: of the config's `halves`. None: all. The group of all stays.
         A call that failed because a rank died, hung or failed alone is repeated, by a group that was mended, up to
         `repeats` times; again: after which of these failures. Raises as `outcomes.results`.
         """

@@ -97,8 +97,6 @@ class Worker:
         self._models: dict[str, Host] = {}
         self._received: dict[str, Received] = {}  # by model, of its steps
         self._group: SequenceParallelGroup | None = None
-        self._config: ParallelConfig | None = None  # of the process group,
-        self._first_ranks: dict[int, SequenceParallelGroup] = {}  # and the groups that so many of its first ranks form
         # Of the group, which does not keep it itself, and of the one before: threads of NCCL's can outlive their group.
         self._meetings: deque[dist.Store] = deque(maxlen=2)
         self._watch: FailureWatch | None = None
@@ -178,7 +176,7 @@ class Worker:
                 f"{self._device.collectives} finds no room in {SHARED_MEMORY}, through which it moves data: {error}; enlarge it "
                 "(in a container: --shm-size)"
             ) from error
-        self._group, self._config, self._watch = group, config, FailureWatch(meeting_point)
+        self._group, self._watch = group, FailureWatch(meeting_point)
         self._device.give_back_memory()  # what was exchanged
         return LinkReport(self._device.collectives, exchange, max(0, free_bytes - self._device.free_bytes()))
 
@@ -190,7 +188,6 @@ class Worker:
         whatever synchronises with the device would wait for them.
         """
         self._group = None
-        self._first_ranks.clear()
         if self._watch is not None:
             self._watch.close()
         if not dist.is_initialized():
@@ -280,7 +277,7 @@ class Worker:
         """Call a method of a host that takes the group first. Returns rank 0's result, or each rank's. Raises what it raises.
 
         User errors are raised alike on every rank, before anything is exchanged, and leave the group whole; so does a cancel.
-        ranks: how many of the first ranks are a group for this call, and are asked; None: all of them.
+        ranks: how many of the first ranks are a group for this call, and are asked: 1, or of the config's `halves`; None: all.
         """
         group, watch = self._group_of(ranks), None if ranks == 1 else self._watch
         if control is not None:
@@ -315,17 +312,14 @@ class Worker:
         return self._result
 
     def _group_of(self, ranks: int | None) -> SequenceParallelGroup:
-        """That of all ranks, or of the first. Collective for a number that is new."""
+        """That of all ranks, or of the first."""
         if ranks == 1:
             return SequenceParallelGroup.single()
         group = self._group
         assert group is not None, "no process group"
         if ranks is None or ranks == group.world_size:
             return group
-        if ranks not in self._first_ranks:
-            assert self._config is not None
-            self._first_ranks[ranks] = SequenceParallelGroup.of_first(self._config.of_first(ranks))
-        return self._first_ranks[ranks]
+        return group.first[ranks]
 
     def _bound(
         self, model_id: str, method: str, arguments: Message, received: Received | None = None

@@ -24,6 +24,7 @@ class SequenceParallelGroup:
 
     The process groups are None where they would have one member: no collective is called then.
     row_groups: this rank's part of these ranks, where so many groups of them share the rows of a batch (see `batch_rows`).
+    first: by how many, the group of the first of these ranks, where this is one of them (see `ParallelConfig.halves`).
     at_block: what a host calls before each transformer block, on every rank alike. It may raise, on every rank alike.
     at_end: what is called behind the blocks where ranks had other rows, and may have had other numbers of blocks.
     """
@@ -35,6 +36,7 @@ class SequenceParallelGroup:
     ring: ProcessGroup | None = None
     head_groups: int = 0  # in how many groups a rank's heads travel; 0: by the shape
     row_groups: Mapping[int, SequenceParallelGroup] = field(default_factory=dict)
+    first: Mapping[int, SequenceParallelGroup] = field(default_factory=dict)
     at_block: Callable[[], None] = field(default=_go_on, compare=False)
     at_end: Callable[[], None] = field(default=_go_on, compare=False)
 
@@ -63,7 +65,7 @@ class SequenceParallelGroup:
     def create(cls, config: ParallelConfig) -> SequenceParallelGroup:
         """Build the groups of the default process group.
 
-        Returns that in which all ranks share a sequence, with those for the rows of a batch.
+        Returns that in which all ranks share a sequence, with those for the rows of a batch, and those of the first ranks.
         Collective: every rank must call it with the same config.
         Raises ParallelConfigError if the degrees do not multiply to the number of ranks.
         """
@@ -73,17 +75,17 @@ class SequenceParallelGroup:
                 f"{config} = {config.world_size}, but there are {world_size} ranks: the product of the degrees must be the "
                 "number of ranks"
             )
-        return cls.of_first(config)
+        # All of them now, by all ranks: torch names a group by how many a rank has, and ranks that had others would not meet.
+        first = {ranks: cls._of_first(config.of_first(ranks)) for ranks in config.halves if ranks > 1}
+        mine = {ranks: group for ranks, group in first.items() if group is not None}
+        of_all = cls._of_first(config)
+        assert of_all is not None
+        return dataclasses.replace(of_all, first=mine)
 
     @classmethod
-    def of_first(cls, config: ParallelConfig) -> SequenceParallelGroup:
-        """The same of the first ranks of the default process group, as many as the config has.
-
-        Collective: these ranks call it, and no others.
-        """
+    def _of_first(cls, config: ParallelConfig) -> SequenceParallelGroup | None:
+        """Of the first ranks, as many as the config has; None for others. Collective, of all ranks."""
         rank, world_size = dist.get_rank(), config.world_size
-        if world_size == 1:
-            return cls.single()
         row_groups = {}
         for groups in config.row_divisions[1:]:
             size = world_size // groups
@@ -92,8 +94,9 @@ class SequenceParallelGroup:
                 meshes = _Meshes.create(within, ranks)
                 if rank in ranks:
                     row_groups[groups] = cls(within, rank - ranks[0], *meshes)
-        of_all = config.of_group(1)
-        return cls(of_all, rank, *_Meshes.create(of_all, list(range(world_size))), row_groups=row_groups)
+        together = config.of_group(1)
+        meshes = _Meshes.create(together, list(range(world_size)))
+        return cls(together, rank, *meshes, row_groups=row_groups) if rank < world_size else None
 
 
 class _Meshes(NamedTuple):
@@ -105,7 +108,7 @@ class _Meshes(NamedTuple):
 
     @classmethod
     def create(cls, config: ParallelConfig, ranks: Sequence[int]) -> _Meshes:
-        """Of neighbouring ranks. Those that have a part in a group create it, in the same order."""
+        """Of neighbouring ranks. Every rank creates every group, also those that it has no part in, in the same order."""
         world = _new_group(ranks)
         degree = config.ulysses_degree
         if config.ring_degree == 1:
@@ -123,9 +126,8 @@ def _new_group(ranks: Sequence[int]) -> ProcessGroup | None:
         return None
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
-    if dist.get_rank() not in ranks:
-        return None
-    return dist.new_group(list(ranks), use_local_synchronization=True)  # without the ranks that have no part in it
+    created = dist.new_group(list(ranks))
+    return created if dist.get_rank() in ranks else None
 
 
 def _one_of(groups: Sequence[ProcessGroup | None]) -> ProcessGroup | None:

@@ -142,6 +142,15 @@ class ParallelConfig:
         shares = self.shares[index * size : (index + 1) * size]
         return ParallelConfig(self.ulysses_degree * self.row_groups // groups, self.ring_degree, shares=shares)
 
+    @property
+    def halves(self) -> tuple[int, ...]:
+        """Half of the ranks, half of these, and so on to 1: those of the first that can do without the others."""
+        found, ranks = [], self.world_size
+        while ranks > 1:
+            ranks = (ranks + 1) // 2
+            found.append(ranks)
+        return tuple(found)
+
     def of_first(self, ranks: int) -> ParallelConfig:
         """How so many of the first ranks share a step without the others: rows go to as many groups as divide them."""
         left, degrees = ranks, {}

@@ -33,6 +33,7 @@ class RankPool:
 
         The function must be importable. Raises AssertionError with the traceback of a rank that failed.
         """
+        assert world_size <= len(self._pipes), f"{world_size} ranks of {len(self._pipes)}"
         self._groups += 1
         store = str(Path(self._directory.name) / f"store-{self._groups}")
         pipes = self._pipes[:world_size]

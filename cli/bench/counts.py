@@ -28,6 +28,7 @@ from rayltx.cli.bench.small_models import enter_comfyui
 from rayltx.cli.packages import require_packages
 from rayltx.comfy_dist.comfy_environment import check_comfyui
 from rayltx.diffusion_models.lightricks.feed_forward import AUTOMATIC
+from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
 from rayltx.diffusion_models.lightricks.latent_shape import LatentShape
 from rayltx.diffusion_models.lightricks.step_cost import TEXT_TOKENS
@@ -181,7 +182,10 @@ def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: in
         inputs["audio_context"] = torch.empty(1, TEXT_TOKENS, widths[1], dtype=_DTYPE)
 
     def forward(group: SequenceParallelGroup, kept_text: KeptText) -> object:
-        host.kept_text = kept_text
+        host.kept_text, host.kept_tables = (
+            kept_text,
+            KeptTables(),
+        )  # tables are made anew: they cannot be compared either
         return host.forward(group, inputs)
 
     return forward

@@ -28,7 +28,15 @@ from rayltx.diffusion_models.lightricks.comfyui_rows import batch_of
 from rayltx.diffusion_models.lightricks.step_cost import ModelShape, StepCost, computing_s
 from rayltx.diffusion_models.lightricks.step_plan import HIDDEN
 from rayltx.distributed_worker.worker import LinkReport, WorkerInfo
-from rayltx.errors import OutOfMemory, RanksFailedAlike, SelfTestError, first_line, listed
+from rayltx.errors import (
+    ClusterError,
+    OutOfMemory,
+    RanksFailedAlike,
+    SelfTestError,
+    StepCancelled,
+    first_line,
+    listed,
+)
 from rayltx.json_records import read_record, write_record
 from rayltx.sequence_parallel.first_exchange import ExchangeReport
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -107,13 +115,23 @@ class StepKind:
         return ", ".join(f"{field.name}: {getattr(self, field.name)!r}" for field in dataclasses.fields(self))
 
 
-def fewer_ranks(ranks: int) -> list[int]:
-    """Half of them, half of these, and so on to 1."""
-    found = []
-    while ranks > 1:
-        ranks = (ranks + 1) // 2
-        found.append(ranks)
-    return found
+@dataclass(frozen=True)
+class _Choice:
+    """ranks: how many take a step. among: which fewer than all were looked into for it."""
+
+    ranks: int
+    among: tuple[int, ...]
+
+    @classmethod
+    def of_record(cls, found: object) -> _Choice | None:
+        """None for what is not one, as an earlier version's."""
+        if (
+            not isinstance(found, dict)
+            or type(found.get("ranks")) is not int
+            or not isinstance(found.get("among"), list)
+        ):
+            return None
+        return cls(found["ranks"], tuple(found["among"]))
 
 
 class RankChoice:
@@ -121,7 +139,7 @@ class RankChoice:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._ranks: dict[StepKind, int] = {}
+        self._choices: dict[StepKind, _Choice] = {}
         self._seen: Counter[StepKind] = Counter()
 
     def step(
@@ -136,46 +154,45 @@ class RankChoice:
         """What `compute` gives: of a step, by so many of the first ranks, whichever number is fastest.
 
         compute: may be called twice for each number, for a kind that is not known. It may raise SelfTestError for fewer than
-        all. fewer: the numbers below all that have the memory for it, the largest first.
+        all. fewer: of the config's `halves`, those that have the memory for it, in that order.
         was_disturbed: whether something else than the steps took time meanwhile: then nothing is learnt of them.
         """
         every = kind.config.world_size
         if not fewer:
             return compute(every)
-        if kind not in self._ranks and type(found := read_record(self._path).get(str(kind))) is int:
-            self._ranks[kind] = found
-        if kind in self._ranks:
-            chosen = self._ranks[kind]
-            return self._by_fewer(kind, chosen, compute) if chosen in fewer else compute(every)
+        known = self._known(kind)
+        if known is not None and {*fewer} <= {*known.among}:
+            return self._by_fewer(kind, known, compute) if known.ranks in fewer else compute(every)
         answer, first_s = _timed(compute, every)
         link_s = kind.link_s(exchange, element_bytes)
         if link_s < _LOOKED_INTO * first_s:
-            self._ranks[kind] = every
+            self._choices[kind] = _Choice(every, tuple(fewer))
             return answer
         answers: dict[int, _Result] = {}
         seconds: dict[int, float] = {}
         answers[every], seconds[every] = _timed(compute, every)
         if was_disturbed():
             return answers[every]
-        all_tried = True
-        for ranks in fewer:
+        not_tried: tuple[int, ...] = ()
+        for number, ranks in enumerate(fewer):
             if kind.least_s(ranks, seconds[every], link_s) >= min(seconds.values()):
-                break  # nor are fewer
+                continue
             try:
                 _timed(compute, ranks)
                 answers[ranks], seconds[ranks] = _timed(compute, ranks)
-            except (OutOfMemory, RanksFailedAlike, SelfTestError) as error:
+            except StepCancelled:
+                raise
+            except (ClusterError, SelfTestError) as error:
                 told = kind.video_tokens, _gpus(ranks), first_line(error)
                 logger.info("a step of %d video tokens is not for %s: %s", *told)
-                all_tried = False  # what was in the way may be gone at the next start
                 if not isinstance(error, SelfTestError):
+                    not_tried = tuple(fewer[number:])  # what was in the way may be gone at the next start
                     break
             if was_disturbed():
                 return answers[every]
         chosen = min(seconds, key=lambda ranks: (seconds[ranks], ranks))
-        self._ranks[kind] = chosen
-        if all_tried:
-            self._remember(kind, chosen)
+        self._choices[kind] = _Choice(chosen, tuple(fewer))
+        self._remember(kind, _Choice(chosen, tuple(ranks for ranks in fewer if ranks not in not_tried)))
         if len(seconds) > 1:
             logger.info(
                 "a step of %d video tokens takes %s (the link takes up to %.3f s of it, at %.1f GB/s and %.2f ms for each "
@@ -195,7 +212,7 @@ class RankChoice:
         self._seen[kind] += 1
         if self._seen[kind] == _TOLD_AT:
             expected = {
-                ranks: kind.expected_s(ranks, shared_s, exchange, element_bytes) for ranks in fewer_ranks(every)
+                ranks: kind.expected_s(ranks, shared_s, exchange, element_bytes) for ranks in kind.config.halves
             }
             best = min(expected, key=lambda ranks: (expected[ranks], ranks))
             if expected[best] < shared_s:
@@ -207,17 +224,26 @@ class RankChoice:
                 )  # fmt: skip
         return answer
 
-    def _by_fewer(self, kind: StepKind, ranks: int, compute: Callable[[int], _Result]) -> _Result:
+    def _known(self, kind: StepKind) -> _Choice | None:
+        if kind not in self._choices:
+            found = _Choice.of_record(read_record(self._path).get(str(kind)))
+            if found is None:
+                return None
+            self._choices[kind] = found
+        return self._choices[kind]
+
+    def _by_fewer(self, kind: StepKind, known: _Choice, compute: Callable[[int], _Result]) -> _Result:
         """By all where these cannot any more: something else has come to a device, or ComfyUI is another."""
         try:
-            return compute(ranks)
-        except (OutOfMemory, SelfTestError) as error:
-            self._ranks[kind] = every = kind.config.world_size
+            return compute(known.ranks)
+        except (OutOfMemory, RanksFailedAlike, SelfTestError) as error:
+            every = kind.config.world_size
+            self._choices[kind] = dataclasses.replace(known, ranks=every)
             logger.warning("%s: steps of %d video tokens run on all GPUs now", first_line(error), kind.video_tokens)
             return compute(every)
 
-    def _remember(self, kind: StepKind, ranks: int) -> None:
-        record = {**read_record(self._path), str(kind): ranks}
+    def _remember(self, kind: StepKind, choice: _Choice) -> None:
+        record = {**read_record(self._path), str(kind): dataclasses.asdict(choice)}
         write_record(self._path, record, "how many GPUs take which steps", "it will be tried again")
 
 

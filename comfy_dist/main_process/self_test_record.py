@@ -119,7 +119,7 @@ def prove_seam_on_first(
 ) -> None:
     """Try the seam on so many of the first of a group's ranks, unless it has passed there before. The group stays as it is.
 
-    Raises SelfTestError as `prove_seam`, and where it could not be tried.
+    Raises SelfTestError as `prove_seam`, and ClusterError where it could not be tried.
     """
     first = dataclasses.replace(placement, config=placement.config.of_first(ranks))
     about = f"ComfyUI {spec.version}, {spec.model_version} on {ranks} of {placement.config.world_size} ranks"
@@ -127,17 +127,18 @@ def prove_seam_on_first(
     key = verdict_key(spec, base_model, first, workers)
     of_all = passed.get(verdict_key(spec, base_model, placement, workers), {})
     as_projected = of_all.get(_AS_PROJECTED, True)  # as it is now on all of them
-    if key in passed and passed[key].get(_AS_PROJECTED, True) == as_projected:
+    if of_all and key in passed and passed[key].get(_AS_PROJECTED, True) == as_projected:
         return
     try:
         errors = ask_errors(remote, placement.config, ranks)
         check_errors(errors, about)
         differences = ask_differences(remote, placement.config, ranks)
-    except ClusterError as error:
-        raise SelfTestError(f"{about}: it could not be tried there: {first_line(error)}") from error
+    except (RanksDisagree, RanksFailedAlike) as error:  # says the same as a wrong number
+        raise SelfTestError(f"{about}: its layers do not run there: {first_line(error)}") from error
     check_differences(differences, about, spec, chooses_other_kernel(placement.comfyui_arguments))
     logger.info("%s: exact (largest error %.1e)", about, max(errors.values()))
-    _remember(passed, key, {"about": about, "world_size": ranks, _AS_PROJECTED: as_projected})
+    if of_all and as_projected:  # what is proven for less would be taken for all that is, by a group of so many
+        _remember(passed, key, {"about": about, "world_size": ranks, _AS_PROJECTED: True})
 
 
 def _remember(passed: Mapping[str, object], key: str, verdict: Mapping[str, object]) -> None:

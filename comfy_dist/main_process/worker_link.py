@@ -40,7 +40,7 @@ from rayltx.comfy_dist.main_process.module_snapshot import QuickState
 from rayltx.comfy_dist.main_process.option_state import OptionState
 from rayltx.comfy_dist.main_process.patch_proof import Patched, PatchProofs, digest_of, names_of_patches
 from rayltx.comfy_dist.main_process.placement import Placement
-from rayltx.comfy_dist.main_process.rank_choice import RankChoice, StepKind, fewer_ranks
+from rayltx.comfy_dist.main_process.rank_choice import RankChoice, StepKind
 from rayltx.comfy_dist.main_process.self_test_record import dtype_name, prove_seam, prove_seam_on_first
 from rayltx.comfy_dist.main_process.sent_hooks import SentHooks
 from rayltx.comfy_dist.self_test import Case, case_like
@@ -87,7 +87,7 @@ class WorkerLink:
         self.cluster, self.remote, self.spec = cluster, remote, detected.spec
         self._base_model = weakref.ref(detected.base_model)
         self._proved: tuple[Cluster, ParallelConfig] | None = None
-        self._proved_on_first: dict[int, SelfTestError | None] = {}  # by how many of its first ranks: why it is not
+        self._proved_on_first: dict[int, str] = {}  # by how many of its first ranks: why it is not, or ""
         self._own_patches = PatchState()  # of the MODEL that was last loaded
         self._sent_patches: PatchState | None = None
         self._patches_digest = b""
@@ -255,7 +255,7 @@ class WorkerLink:
             return self._rank_choice.step_of_all(kind, link.exchange, element_bytes, compute)
         # Code of a patch may count its calls, and has to be where it is on all ranks.
         has_code = self._sent_patches is None or bool(names_of_patches(self._sent_patches, options))
-        fewer = [] if has_code else [n for n in fewer_ranks(config.world_size) if self.memory.has_room_on_first(n)]
+        fewer = [] if has_code else [n for n in config.halves if self.memory.has_room_on_first(n)]
         group = self.cluster.group
         return self._rank_choice.step(
             kind, link.exchange, element_bytes, compute, fewer, was_disturbed=lambda: group.link_report is not link
@@ -264,14 +264,16 @@ class WorkerLink:
     def _prove_on_first(self, ranks: int) -> None:
         """Raises SelfTestError where the seam is not proven on so many of the first ranks. One shares nothing."""
         if ranks > 1 and ranks not in self._proved_on_first:
-            workers, failed = self.cluster.workers(), None
-            try:
-                prove_seam_on_first(self.remote, self.placement, ranks, workers, self.spec, self.base_model)
-            except SelfTestError as error:
-                failed = error
-            self._proved_on_first[ranks] = failed
-        if failed := self._proved_on_first.get(ranks):
-            raise failed
+            wrong = ""
+            with self.cluster.group.polling(raise_if_cancelled):
+                workers = self.cluster.workers()
+                try:
+                    prove_seam_on_first(self.remote, self.placement, ranks, workers, self.spec, self.base_model)
+                except SelfTestError as error:
+                    wrong = str(error)  # not the error, whose frames hold the model
+            self._proved_on_first[ranks] = wrong
+        if wrong := self._proved_on_first.get(ranks, ""):
+            raise SelfTestError(wrong)
 
     def _with_proved_patches(self, inputs: StepInputs, options: Options) -> StepInputs:
         """The same with how it is shared. Raises UnsupportedError for patches that cannot be shared."""

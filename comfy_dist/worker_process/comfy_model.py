@@ -108,6 +108,8 @@ class ComfyModel(ComfyHost):
             kept = (self._kept_text, self._kept_tables) if keeps else (None, None)
             if not keeps:
                 self._kept_tables.forget()  # next to those that the step makes
+            if inputs.by_fewer:
+                self._kept_text.forget()  # a step takes more on each of them
             with self._shared(group, inputs, options, *kept):
                 out = self._call(inputs, options)
             return to_device(out, torch.device("cpu")) if group.rank == 0 else None

@@ -99,6 +99,7 @@ def sharded(
         kept_tables.forget()
         kept_tables = None
     forward = _ShardedForward(group, diffusion_model, kept_tables)
+    gathered = {*gathered, *_with_queries_together(diffusion_model)}
     keeps_text = kept_text is not None and not kept_text.is_off
     layers_of_text = _layers_of_text(diffusion_model, gathered) if keeps_text else []  # while modules are as they were
     with contextlib.ExitStack() as scope:
@@ -126,8 +127,6 @@ def sharded(
                 attention = getattr(block, role.value, None)
                 name = f"transformer_blocks.{number}.{role.value}"
                 preferred = preferred_attention(attention)
-                if role in _QUERIES_STAY and not keeps_queries_apart(preferred):
-                    gathered = {*gathered, name}
                 if attention is None or (name in gathered and preferred is None):
                     continue
                 tag = _tag_preferred if name in gathered else functools.partial(_tag_role, role)
@@ -148,6 +147,14 @@ def sharded(
             on_all = functools.partial(forward.on_all_tokens, module.forward, name.rpartition(".")[2])
             scope.enter_context(replaced(module, "forward", on_all))
         yield
+
+
+def _with_queries_together(diffusion_model: Any) -> Iterator[str]:
+    """Attention that is to be shown all queries, though a rank has its own alone: as its own kernel wants it."""
+    for number, block in enumerate(diffusion_model.transformer_blocks):
+        for role in _QUERIES_STAY:
+            if not keeps_queries_apart(preferred_attention(getattr(block, role.value, None))):
+                yield f"transformer_blocks.{number}.{role.value}"
 
 
 def _layers_of_text(diffusion_model: Any, gathered: Collection[str]) -> list[nn.Module]:

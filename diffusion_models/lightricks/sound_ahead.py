@@ -27,6 +27,7 @@ _KNOWN = (
 # In the options, what a block does. For the sound by itself:
 _SOUND_ALONE = {"run_vx": False, "a2v_cross_attn": False, "v2a_cross_attn": False}
 _OWN_ATTENTION = ("audio_attn1", "audio_attn2")  # to itself and to the text, in this order
+_METHODS = ("get_ada_values", "_apply_text_cross_attention")  # of the block, that are called again, too
 _OPTIONS = "transformer_options"
 
 
@@ -51,9 +52,8 @@ class SoundAhead:
         What is inside of these is called once, with what it is called with otherwise; so are hooks of the block.
         """
         called_twice = [getattr(block, name, None) for name in _OWN_ATTENTION]
-        return has_known_forward(block, _KNOWN) and all(
-            isinstance(module, nn.Module) and is_untouched(module) for module in called_twice
-        )
+        is_known = has_known_forward(block, _KNOWN) and not any(name in vars(block) for name in _METHODS)
+        return is_known and all(isinstance(module, nn.Module) and is_untouched(module) for module in called_twice)
 
     @contextlib.contextmanager
     def installed(

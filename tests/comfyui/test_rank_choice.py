@@ -15,7 +15,7 @@ from comfy_models import CONFIGS, model_class, save_tiny_checkpoint
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE, relative_error
 from rayltx.distributed_worker.request import ClusterRequest
 from rayltx.distributed_worker.worker import LinkReport, WorkerInfo
-from rayltx.errors import OutOfMemory, SelfTestError
+from rayltx.errors import OutOfMemory, SelfTestError, WorkerDied
 from rayltx.sequence_parallel.first_exchange import ExchangeReport
 from rayltx.sequence_parallel.partition import ParallelConfig
 
@@ -103,12 +103,6 @@ def test_the_fastest_way_is_taken_from_the_first_step_on_and_remembered(
     assert steps.asked[9:] == [4, 4, 2, 2, 1, 1]
 
 
-def test_half_of_the_ranks_and_half_of_these():
-    from rayltx.comfy_dist.main_process.rank_choice import fewer_ranks
-
-    assert [fewer_ranks(number) for number in (1, 2, 3, 4, 6, 8)] == [[], [1], [2, 1], [2, 1], [3, 2, 1], [4, 2, 1]]
-
-
 def test_what_an_earlier_version_remembered_is_tried_again(kind, choice, monkeypatch, tmp_path):
     """Whether one rank, in place of how many: it did not know of those between."""
     (tmp_path / "rank_choice.json").write_text(json.dumps({str(kind): True}))
@@ -162,6 +156,19 @@ def test_fewer_ranks_are_not_tried_where_they_cannot_be_faster(kind, choice, mon
     assert ours(kind, exchange, steps) == ("by 4" if len(asked) < 3 else "by 2") and steps.asked == asked
     ours(kind, exchange, steps)
     assert len(steps.asked) == len(asked) + 1
+
+
+def test_what_there_was_no_room_for_is_tried_when_there_is(kind, choice, monkeypatch):
+    steps = Steps(monkeypatch, {2: 2.0, 1: 1.9})
+    assert choice()(kind, SLOW, steps, fewer=(2,)) == "by 2" and steps.asked == [4, 4, 2, 2]
+    assert choice()(kind, SLOW, steps, fewer=(2,)) == "by 2" and steps.asked[4:] == [2], "remembered"
+    assert choice()(kind, SLOW, steps) == "by 1" and steps.asked[5:] == [4, 4, 2, 2, 1, 1]
+    assert choice()(kind, SLOW, steps) == "by 1" and steps.asked[11:] == [1]
+
+
+def test_a_trial_that_loses_a_worker_costs_no_answer(kind, choice, monkeypatch):
+    steps, ours = Steps(monkeypatch, {1: 1.0}, {2: WorkerDied("rank 1 of 2 died")}), choice()
+    assert [ours(kind, SLOW, steps) for _ in range(2)] == ["by 4"] * 2 and steps.asked == [4, 4, 2, 4]
 
 
 def test_a_step_that_does_not_fit_fewer_ranks_stays_with_all(kind, choice, monkeypatch):

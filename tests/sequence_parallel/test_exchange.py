@@ -20,6 +20,8 @@ from rayltx.sequence_parallel.self_attention import SelfAttentionExchange, head_
 from rayltx.sequence_parallel.sharded_keys import attention_over_sharded_keys
 from rayltx.sequence_parallel.ulysses import gather_heads, gather_tokens, start_scatter_heads
 
+from rank_pool import RankPool
+
 DEGREES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -88,15 +90,16 @@ def test_as_many_groups_as_the_rows_allow(ranks):
     assert sizes == [[1] * 4, [2] * 4, [4] * 4]
 
 
-def attention_of_first(degrees, first, heads):
-    """What the first of a group's ranks come to without the others, who go on to what all do then."""
+def attention_of_first(degrees, order, heads):
+    """By number of ranks, in an order: what so many of the first come to, without the others or each other; last, all of them."""
     of_all = SequenceParallelGroup.create(ParallelConfig(*degrees))
-    config = ParallelConfig(*degrees).of_first(first)
-    found = None
-    if of_all.rank < first:
-        group = SequenceParallelGroup.of_first(config)
-        found = attended(RowShare.of(group, 2).group, heads), attended(group, heads)
-    return found, attended(of_all, heads)
+    found = {}
+    for number in order:
+        if of_all.rank < number:
+            group = of_all.first[number]
+            found[number] = attended(RowShare.of(group, 2).group, heads), attended(group, heads)
+    found[of_all.world_size] = (attended(of_all, heads),)
+    return found, tuple(of_all.first)
 
 
 def attended(group, heads):
@@ -109,17 +112,28 @@ def attended(group, heads):
     return None if whole is None else whole.numpy()
 
 
-@pytest.mark.parametrize(
-    "degrees, first", [((4, 1), 2), ((4, 1), 3), ((2, 2), 2), ((2, 1, 2), 2), ((1, 1, 4), 2), ((2, 2), 1)]
-)
-def test_the_first_ranks_share_a_sequence_while_others_do_not(ranks, degrees, first):
+@pytest.fixture(scope="module")
+def six_ranks():
+    """Of fewer, no two different numbers above one do without the others."""
+    pool = RankPool(6)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("order", [(2, 3), (3, 2)])
+@pytest.mark.parametrize("degrees", [(5, 1), (6, 1), (3, 2), (3, 1, 2)])
+def test_the_first_ranks_share_a_sequence_while_others_do_not(six_ranks, degrees, order):
+    """Three and two of them in any order, though some have no part in the one or the other."""
     reference = whole_attention(*qkv(1, 29, 5, 8, torch.float32))
-    found = ranks.run(4, attention_of_first, degrees, first, 5)
-    for rank, (of_first, of_all) in enumerate(found):
-        assert (of_first is None) == (rank >= first) and (of_all is None) == (rank > 0)
-        for out in (*(of_first or ()), of_all):
-            if out is not None:
-                assert relative_error(torch.from_numpy(out), reference) < 5e-7
+    world_size = ParallelConfig(*degrees).world_size
+    for rank, (found, of_first) in enumerate(six_ranks.run(world_size, attention_of_first, degrees, order, 5)):
+        parts = [number for number in (3, 2) if rank < number]
+        assert sorted(of_first) == sorted(parts) and sorted(found) == sorted([*parts, world_size])
+        for outs in found.values():
+            assert all((out is None) == (rank > 0) for out in outs) or len(outs) > 1
+            for out in outs:
+                if out is not None:
+                    assert relative_error(torch.from_numpy(out), reference) < 5e-7
 
 
 def whole_attention(q, k, v, mask=None):

@@ -31,6 +31,11 @@ def test_the_first_ranks_share_as_all_do_where_that_divides(degrees, ranks, expe
     assert ParallelConfig(*degrees).of_first(ranks) == ParallelConfig(*expected)
 
 
+def test_half_of_the_ranks_and_half_of_these():
+    halves = [ParallelConfig(number).halves for number in (1, 2, 3, 4, 5, 6, 8)]
+    assert halves == [(), (1,), (2, 1), (2, 1), (3, 2, 1), (3, 2, 1), (4, 2, 1)]
+
+
 def test_the_first_ranks_keep_their_shares():
     config = ParallelConfig(4, shares=(1.0, 2.0, 3.0, 4.0))
     assert config.of_first(2).shares == (1.0, 2.0) and config.of_first(1) == ParallelConfig()
