@@ -44,7 +44,7 @@ class StepInputs:
     load: LoadInputs
     way: Way = Way()
     saves_memory: bool = False  # read by `ComfyModel`: a device's memory ran out
-    by_fewer: bool = False  # read by `ComfyModel`: than the ranks for which there is room to keep text
+    by_fewer: bool = False  # read by `ComfyModel`: a step of fewer ranks than all, without room to keep text
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class SoundAhead:
     def go(self) -> None:
         """Do what the block under way has the sound do by itself. It is given to the block when it gets there."""
         call, self._call = self._call, None
-        if call is None or self._given:
+        if call is None or not call[0] or self._given:
             return
         (streams, *args), kwargs = call
         options = kwargs.get(_OPTIONS) or {}
