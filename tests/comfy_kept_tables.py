@@ -2,26 +2,13 @@
 
 import torch
 from comfy_models import tiny_model
+from counting_tables import CountingTables
 
 from rayltx.diffusion_models.lightricks.comfyui_rows import shared
-from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
 
 CPU = torch.device("cpu")
-
-
-class Counting(KeptTables):
-    """It counts what is made."""
-
-    made = 0
-
-    def tables(self, make, *args, **kwargs):
-        def counted(*positions, **how):
-            self.made += 1
-            return make(*positions, **how)
-
-        return super().tables(counted, *args, **kwargs)
 
 
 def answers_by_case(path, version, degrees):
@@ -32,7 +19,7 @@ def answers_by_case(path, version, degrees):
     config = ParallelConfig(*degrees)
     group = SequenceParallelGroup.create(config) if config.world_size > 1 else SequenceParallelGroup.single()
     found = {}
-    kept = Counting()
+    kept = CountingTables()
     for case in self_test.cases_for(model, group):
         with self_test.own_attention_of(model, case), torch.inference_mode():
             with shared(model, group):
@@ -52,7 +39,7 @@ def tables_made(path):
     model = tiny_model(path, "LTX-2")
     from rayltx.comfy_dist import self_test
 
-    group, kept = SequenceParallelGroup.single(), Counting()
+    group, kept = SequenceParallelGroup.single(), CountingTables()
     args, kwargs = self_test.forward_arguments(model, self_test.CASES[0], CPU)
 
     def call(**given):

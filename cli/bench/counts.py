@@ -182,10 +182,8 @@ def _diffusers_forward(version: str, layers: int, shape: LatentShape, chunks: in
         inputs["audio_context"] = torch.empty(1, TEXT_TOKENS, widths[1], dtype=_DTYPE)
 
     def forward(group: SequenceParallelGroup, kept_text: KeptText) -> object:
-        host.kept_text, host.kept_tables = (
-            kept_text,
-            KeptTables(),
-        )  # tables are made anew: they cannot be compared either
+        host.kept_text = kept_text
+        host.kept_tables = KeptTables()  # made anew: they cannot be compared either
         return host.forward(group, inputs)
 
     return forward

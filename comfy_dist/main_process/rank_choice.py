@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 # Of a first step's time, which may be many times a later one's: what the link takes at least where more is looked into.
 _LOOKED_INTO = 0.02
 _TOLD_AT = 2  # the step of its kind
-_SHORTEST_S = 1e-9
+_SHORTEST_S = 1e-9  # of computing, where the link would take all of a step and more
 
 _Result = TypeVar("_Result")
 

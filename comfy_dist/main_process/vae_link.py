@@ -21,7 +21,7 @@ from rayltx.comfy_dist.main_process.worker_link import raise_if_cancelled
 from rayltx.comfy_dist.random_states import random_state, set_random_state
 from rayltx.comfy_dist.vae_host import Slab, VAECall, VAEHost
 from rayltx.diffusion_models.lightricks.comfyui_decoder import Slabs, module_of
-from rayltx.diffusion_models.lightricks.comfyui_host import replaced
+from rayltx.diffusion_models.lightricks.replaced import replaced
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.remote_model import RemoteModel
 from rayltx.distributed_worker.worker_calls import Call, ask, ask_together

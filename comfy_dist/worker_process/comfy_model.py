@@ -35,11 +35,11 @@ from rayltx.comfy_dist.worker_process.kernel_test import call_in_dtype, differen
 from rayltx.comfy_dist.worker_process.model_on_shared_weights import build_on
 from rayltx.comfy_dist.worker_process.shared_patcher import RemoteHooks
 from rayltx.device_copies import DeviceCopies
-from rayltx.diffusion_models.lightricks.comfyui_host import replaced
 from rayltx.diffusion_models.lightricks.comfyui_rows import shared
 from rayltx.diffusion_models.lightricks.feed_forward import CHUNKS_OPTION, SAVING, UNASKED
 from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
+from rayltx.diffusion_models.lightricks.replaced import replaced
 from rayltx.distributed_worker.freed_memory import give_back_freed_memory
 from rayltx.distributed_worker.messages import Message, unpack
 from rayltx.sequence_parallel.group import SequenceParallelGroup

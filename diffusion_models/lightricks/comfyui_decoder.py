@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from rayltx.diffusion_models.lightricks.comfyui_host import replaced
+from rayltx.diffusion_models.lightricks.replaced import replaced
 from rayltx.sequence_parallel.borders import with_borders
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import Partition

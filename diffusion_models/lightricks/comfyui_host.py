@@ -30,12 +30,14 @@ from rayltx.diffusion_models.lightricks.guide_masks import self_attention_mask_o
 from rayltx.diffusion_models.lightricks.input_scales import agreed_input_scales, rounds_by_all_tokens
 from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.diffusion_models.lightricks.kept_text import KeptText, is_plain
+from rayltx.diffusion_models.lightricks.known_code import has_comfyuis, is_comfyuis, is_untouched
 from rayltx.diffusion_models.lightricks.projected_exchange import (
     SKIPPED,
     attend_while_projecting,
     is_known,
     kernel_of,
 )
+from rayltx.diffusion_models.lightricks.replaced import replaced
 from rayltx.diffusion_models.lightricks.roles import TEXT_ROLES, AttentionRole
 from rayltx.diffusion_models.lightricks.sharded_attention import ShardedSequence
 from rayltx.diffusion_models.lightricks.sound_ahead import SoundAhead
@@ -55,7 +57,8 @@ MASK = "rayltx_self_attention_mask"
 PREFERRED = "rayltx_preferred_attention"
 # - `rayltx_index`, on timesteps that ComfyUI keeps compressed: (n,) int64, the row of each token of this rank;
 # - on the model: the methods that `_ShardedForward.wrappers` names, and the one that makes tables of positions; on
-#   `patchify_proj`, each `block.ff`, `block.attn1` and the layers that make the text's keys and values: `forward`;
+#   `patchify_proj`, each `block.ff`, `block.attn1` and the layers that make the text's keys and values: `forward`; on the sound's
+#   own attention, too, with hooks on the block (see `sound_ahead`);
 # - forward hooks, on the attention modules (a block's attributes that `AttentionRole` names) and on `proj_out`;
 # - `input_scale` and a forward hook, on NVFP4 layers without one (see `input_scales`).
 
@@ -64,8 +67,6 @@ _TABLES = "_precompute_freqs_cis"  # the model's method that makes them of posit
 # LTX-2.5 adds something to the tokens of keyframes, by a method of the model that asks another which they are.
 _MARKING, _MARK = "apply_keyframes_abs_pos_embedding", "keyframes_abs_pos_mask"
 _QUERIES_STAY = (AttentionRole.VIDEO_TEXT, AttentionRole.AUDIO_TO_VIDEO)  # a rank attends with its own queries alone
-_OURS = "rayltx"
-_LAYERS_FROM = ("comfy", "torch", _OURS)
 _QUERY_BY_QUERY = ("attention_comfy_kitchen_int8",)  # of the kernels that a layer may ask for
 # In the options, where patches stand that run in the middle of blocks, and can write to what goes from one to the next.
 _PATCHES_INSIDE = ("patches", "patches_replace")
@@ -95,13 +96,11 @@ def sharded(
     kept_tables: of positions, by the last step; used where the model makes them as its class does.
     Collective: every rank of the group calls the model with the same inputs.
     """
-    if kept_tables is not None and not _is_comfyuis(diffusion_model, _TABLES):
+    if kept_tables is not None and not is_comfyuis(diffusion_model, _TABLES):
         kept_tables.forget()
         kept_tables = None
     forward = _ShardedForward(group, diffusion_model, kept_tables)
     gathered = {*gathered, *_with_queries_together(diffusion_model)}
-    keeps_text = kept_text is not None and not kept_text.is_off
-    layers_of_text = _layers_of_text(diffusion_model, gathered) if keeps_text else []  # while modules are as they were
     with contextlib.ExitStack() as scope:
         if kept_tables is not None:
             scope.enter_context(kept_tables.in_forward())
@@ -112,16 +111,20 @@ def sharded(
             original = getattr(diffusion_model, name, None)
             if original is not None:  # guide masks came later than the rest
                 scope.enter_context(replaced(diffusion_model, name, functools.partial(wrapper, original)))
+        scope.enter_context(agreed_input_scales(diffusion_model, scales_of or group))
+        # Behind the scales, which others' rows have a part in, and before the modules are wrapped: neither is taken for plain.
+        if kept_text is not None and not kept_text.is_off:
+            layers = _layers_of_text(diffusion_model, gathered)
+            scope.enter_context(kept_text.in_forward(layers))
+            for layer in layers:
+                project = functools.partial(forward.project_text, kept_text, layer, layer.forward)
+                scope.enter_context(replaced(layer, "forward", project))
+        sound_may_go_ahead = as_projected and not gathered and group.world is not None
         for number, block in enumerate(diffusion_model.transformer_blocks):
             sound = None
-            if (
-                as_projected
-                and not gathered
-                and group.world is not None
-                and SoundAhead.can_go_ahead(block, _is_untouched)
-            ):
+            if sound_may_go_ahead and SoundAhead.can_go_ahead(block):
                 sound = SoundAhead(block)
-                scope.enter_context(sound.installed(replaced))
+                scope.enter_context(sound.installed())
             scope.callback(block.register_forward_pre_hook(functools.partial(_at_block, group)).remove)
             for role in AttentionRole:
                 attention = getattr(block, role.value, None)
@@ -134,12 +137,6 @@ def sharded(
                 if as_projected and role is AttentionRole.VIDEO_SELF and name not in gathered and is_known(attention):
                     projecting = functools.partial(forward.project_and_attend, attention, attention.forward, sound)
                     scope.enter_context(replaced(attention, "forward", projecting))
-        scope.enter_context(agreed_input_scales(diffusion_model, scales_of or group))
-        if kept_text is not None and keeps_text:
-            scope.enter_context(kept_text.in_forward(layers_of_text))
-            for layer in layers_of_text:
-                project = functools.partial(forward.project_text, kept_text, layer, layer.forward)
-                scope.enter_context(replaced(layer, "forward", project))
         scope.callback(diffusion_model.proj_out.register_forward_hook(forward.gather_output).remove)
         scope.enter_context(chunked(diffusion_model, feed_forward_chunks, gathered))
         for name in gathered:
@@ -186,7 +183,7 @@ def chunked(diffusion_model: Any, chunks: int, whole: Collection[str] = ()) -> I
             if chunks == 1 or feed_forward is None or f"transformer_blocks.{number}.ff" in whole:
                 continue
             layers = list(feed_forward.modules())
-            if any(map(rounds_by_all_tokens, layers)) or (chunks < AUTOMATIC and not all(map(_is_untouched, layers))):
+            if any(map(rounds_by_all_tokens, layers)) or (chunks < AUTOMATIC and not all(map(is_untouched, layers))):
                 continue
             in_chunks = functools.partial(_chunked_forward, feed_forward.forward, layers, chunks)
             scope.enter_context(replaced(feed_forward, "forward", in_chunks))
@@ -207,52 +204,6 @@ def _makes_its_weight(layer: nn.Module, device: torch.device) -> bool:
     is_elsewhere = isinstance(weight, Tensor) and weight.device != device
     names = ("block_format", "weight_function", "bias_function")
     return is_elsewhere or any(getattr(layer, name, None) for name in names)
-
-
-def _is_comfyuis(model: Any, name: str) -> bool:
-    """Whether a method of the model is its class's, and that ComfyUI's."""
-    return name not in vars(model) and _has_comfyuis(type(model), name)
-
-
-def _has_comfyuis(model_class: type, name: str) -> bool:
-    """Whether all that a class and those before it have of a method stands in ComfyUI's code, and something does."""
-    found = [vars(each)[name] for each in model_class.__mro__ if name in vars(each)]
-    origins = [getattr(method, "__globals__", {}).get("__name__", "") for method in found]
-    return bool(found) and all(origin.startswith("comfy.") for origin in origins)
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether a module computes what a class of ComfyUI's, torch's or ours says, and nobody else looks on."""
-    own = module.__dict__
-    if "forward" in own or not _is_of_known_origin(type(module).forward):
-        return False
-    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-    return all(type(hook).__module__.startswith(_OURS) for hook in hooks)
-
-
-@functools.cache  # it is asked of each layer at each step
-def _is_of_known_origin(forward: Callable[..., Any]) -> bool:
-    """By where its code is: a function that wraps another says that it is from the other's module."""
-    origin = getattr(forward, "__globals__", {}).get("__name__", "")
-    return origin.partition(".")[0] in _LAYERS_FROM
-
-
-@contextlib.contextmanager
-def replaced(instance: object, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of an instance, and put back exactly what was there: another's attribute, or the class's."""
-    own = instance.__dict__
-    before = own.get(name, _ABSENT)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            del own[name]
-        else:
-            own[name] = before
-
-
-_ABSENT = object()
 
 
 class _ShardedForward:
@@ -307,10 +258,10 @@ class _ShardedForward:
         model = self._model
         layer: Any = getattr(model, "patchify_proj", None)
         mark = getattr(model, _MARK, None)
-        is_known = isinstance(layer, nn.Module) and _is_untouched(layer) and not rounds_by_all_tokens(layer)
+        is_known = isinstance(layer, nn.Module) and is_untouched(layer) and not rounds_by_all_tokens(layer)
         # Which has the wrapper before it on the model.
-        is_methods = getattr(process_input, "__self__", None) is model and _has_comfyuis(type(model), "_process_input")
-        marks_as_known = not hasattr(model, _MARKING) or all(_is_comfyuis(model, name) for name in (_MARKING, _MARK))
+        is_methods = getattr(process_input, "__self__", None) is model and has_comfyuis(type(model), "_process_input")
+        marks_as_known = not hasattr(model, _MARKING) or all(is_comfyuis(model, name) for name in (_MARKING, _MARK))
         if not (is_known and is_methods and marks_as_known):
             yield
             return

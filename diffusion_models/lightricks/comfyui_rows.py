@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayltx.diffusion_models.lightricks.comfyui_host import replaced, sharded
+from rayltx.diffusion_models.lightricks.comfyui_host import sharded
 from rayltx.diffusion_models.lightricks.feed_forward import UNASKED
 from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.diffusion_models.lightricks.kept_text import KeptText
+from rayltx.diffusion_models.lightricks.replaced import replaced
 from rayltx.sequence_parallel.batch_rows import RowShare
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 

@@ -1,4 +1,4 @@
-"""Whether a method is ComfyUI's own of a known version, word for word, where ours runs its layers in another order."""
+"""Whose code runs: ComfyUI's own, of a known version where ours runs its layers in another order, or somebody else's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import io
 import textwrap
 import tokenize
 import types
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import nn
 
+_OURS = "rayltx"
+_LAYERS_FROM = ("comfy", "torch", _OURS)
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -34,3 +37,31 @@ def _digest(code: types.CodeType) -> str:
         return ""
     words = " ".join(token.string for token in tokens if token.type not in _LAYOUT)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def is_comfyuis(model: Any, name: str) -> bool:
+    """Whether a method of the model is its class's, and that ComfyUI's."""
+    return name not in vars(model) and has_comfyuis(type(model), name)
+
+
+def has_comfyuis(model_class: type, name: str) -> bool:
+    """Whether all that a class and those before it have of a method stands in ComfyUI's code, and something does."""
+    found = [vars(each)[name] for each in model_class.__mro__ if name in vars(each)]
+    origins = [getattr(method, "__globals__", {}).get("__name__", "") for method in found]
+    return bool(found) and all(origin.startswith("comfy.") for origin in origins)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module computes what a class of ComfyUI's, torch's or ours says, and nobody else looks on."""
+    own = module.__dict__
+    if "forward" in own or not _is_of_known_origin(type(module).forward):
+        return False
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    return all(type(hook).__module__.startswith(_OURS) for hook in hooks)
+
+
+@functools.cache  # it is asked of each layer at each step
+def _is_of_known_origin(forward: Callable[..., Any]) -> bool:
+    """By where its code is: a function that wraps another says that it is from the other's module."""
+    origin = getattr(forward, "__globals__", {}).get("__name__", "")
+    return origin.partition(".")[0] in _LAYERS_FROM

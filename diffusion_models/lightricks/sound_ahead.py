@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rayltx.diffusion_models.lightricks.known_code import has_known_forward
+from rayltx.diffusion_models.lightricks.known_code import has_known_forward, is_untouched
+from rayltx.diffusion_models.lightricks.replaced import replaced
 
 _KNOWN = (
     "3008a88b48203d45",  # `BasicAVTransformerBlock.forward`, 0.16 to 0.29
@@ -46,8 +47,8 @@ class SoundAhead:
         self._given: dict[str, Tensor] = {}  # by the attention module
 
     @staticmethod
-    def can_go_ahead(block: nn.Module, is_untouched: Callable[[nn.Module], bool]) -> bool:
-        """Whether a block is known, and what of it is called twice. is_untouched: whether a module has nothing of others on it.
+    def can_go_ahead(block: nn.Module) -> bool:
+        """Whether a block is known, and nobody looks on at what of it is called twice.
 
         What is inside of these is called once, with what it is called with otherwise; so are hooks of the block.
         """
@@ -56,10 +57,8 @@ class SoundAhead:
         return is_known and all(isinstance(module, nn.Module) and is_untouched(module) for module in called_twice)
 
     @contextlib.contextmanager
-    def installed(
-        self, replaced: Callable[[object, str, Any], contextlib.AbstractContextManager[None]]
-    ) -> Iterator[None]:
-        """Within the `with` the block's forwards can be told to `go`. replaced: sets an attribute for a while."""
+    def installed(self) -> Iterator[None]:
+        """Within the `with` the block's forwards can be told to `go`."""
         with contextlib.ExitStack() as scope:
             scope.callback(self._block.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             scope.callback(self._block.register_forward_hook(self._end).remove)

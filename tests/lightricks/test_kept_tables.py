@@ -2,30 +2,13 @@
 
 import pytest
 import torch
+from counting_tables import CountingTables
 from embedded_host import load_host
 
 from rayltx.diffusion_models.lightricks.exactness import CASES
-from rayltx.diffusion_models.lightricks.kept_tables import KeptTables
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
-
-
-class Counting(KeptTables):
-    """made: how many tables were. keeps: False for one that makes all of them anew."""
-
-    def __init__(self, keeps):
-        super().__init__()
-        self.made, self.keeps = 0, keeps
-
-    def tables(self, make, *args, **kwargs):
-        def counted(*positions, **how):
-            self.made += 1
-            return make(*positions, **how)
-
-        if not self.keeps:
-            self.forget()
-        return super().tables(counted, *args, **kwargs)
 
 
 def steps(path, degrees):
@@ -35,7 +18,7 @@ def steps(path, degrees):
     answers, made = [], []
     for keeps in (True, False):
         host = load_host(path)
-        host.kept_tables = Counting(keeps)
+        host.kept_tables = CountingTables(keeps)
         found, counts = [], []
         for changes in ({}, {}, {"frame_rate": 12.0}, {"frame_rate": 12.0}, {}, {"timestep": 0.5}):
             inputs = CASES[0].inputs(host.model)
