@@ -9,6 +9,8 @@ import socket
 import threading
 import time
 import types
+import weakref
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -181,6 +183,28 @@ def test_a_rank_that_waits_for_rank_0_is_told_of_a_failure_and_of_the_end(server
     del control
     with pytest.raises(RanksDisagree, match="nobody waits for this step"):
         failing.at_block(0)
+
+
+def test_what_a_rank_was_told_does_not_keep_its_step(server, monkeypatch):
+    """The thread that answered may not run again for a while: it has the error still, which must not have the step."""
+    may_go_on, control = threading.Event(), StepControl(2)
+
+    class Unhurried(Connection):
+        def send(self, what):
+            super().send(what)
+            if isinstance(what, Exception):
+                may_go_on.wait(60)
+
+    monkeypatch.setattr("rayltx.distributed_worker.meeting_server.Connection", Unhurried)
+    rank = pickle.loads(pickle.dumps(server.share(control)))
+    control.cancel()
+    with pytest.raises(StepCancelled):
+        rank.at_block(0)
+    step = weakref.ref(control)
+    del control
+    is_kept = step() is not None
+    may_go_on.set()
+    assert not is_kept
 
 
 def test_an_address_that_is_taken_is_told(server):
