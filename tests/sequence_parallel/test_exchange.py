@@ -322,7 +322,7 @@ def key_mask(tokens):
     return mask
 
 
-@pytest.mark.parametrize("world_size, masked", itertools.product([2, 3, 4], [False, True]))
+@pytest.mark.parametrize("world_size, masked", list(itertools.product([2, 3, 4], [False, True])))
 def test_sharded_keys_merge_to_the_whole_and_ranks_agree_bitwise(ranks, world_size, masked):
     arguments = (2, 13, 31, 3, 8, torch.float32)
     outs = ranks.run(world_size, attend_sharded_keys, world_size, *arguments, masked)
