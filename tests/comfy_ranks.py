@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from unittest import mock
 
 import torch
@@ -351,20 +352,62 @@ def nvfp4_answers(path, degrees):
     """By case, (error on several ranks, noise) of an LTX-2 whose blocks are NVFP4 without input scales.
 
     Rounding to so few values is no continuous function: noise is the largest error of a few changes in the last bits.
-
-    The product itself is for Blackwell cards: here what was quantised is multiplied in the dtype that it came from.
     """
+    model = _nvfp4_model(path)
+
+    from rayltx.comfy_dist.self_test import cases_for, forward_arguments
+    from rayltx.comfy_dist.worker_process.kernel_test import rounded_otherwise
+    from rayltx.diffusion_models.lightricks.comfyui_host import sharded
+    from rayltx.diffusion_models.lightricks.relative_error import relative_error
+
+    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
+    errors, before = {}, _state(model)
+    with torch.inference_mode():
+        for case in cases_for(model):
+            answers = []
+            changes = [rounded_otherwise(model, seed) for seed in range(4)]
+            for scope in (contextlib.nullcontext(), sharded(model, group), *changes):
+                args, kwargs = forward_arguments(model, case, torch.device("cpu"))
+                with scope:
+                    answers.append(model(*args, **kwargs))
+            error, *noise = (max(map(relative_error, answer, answers[0])) for answer in answers[1:])
+            errors[case.name] = error, max(noise)
+    assert _state(model) == before, "something is left on the model"
+    return errors
+
+
+def nvfp4_steps_with_rows_apart(path):
+    """Of such a model, on two ranks with a row each: the answer to two texts, kept text or not, in a run where the second row had
+    another text before."""
+    model = _nvfp4_model(path)
+
+    from rayltx.comfy_dist.self_test import Case, forward_arguments
+    from rayltx.diffusion_models.lightricks.comfyui_rows import shared
+    from rayltx.diffusion_models.lightricks.kept_text import KeptText
+
+    group = SequenceParallelGroup.create(ParallelConfig(1, 1, 2))
+
+    def step(kept_text, times):
+        args, kwargs = forward_arguments(model, Case("two rows", batch=2, kinds=1), torch.device("cpu"))
+        kwargs["context"][1] *= times
+        with shared(model, group, kept_text=kept_text):
+            return model(*args, **kwargs)
+
+    with torch.inference_mode():
+        kept = KeptText(lambda: math.inf)
+        step(kept, 8.0)
+        return step(kept, 1.0), step(None, 1.0)
+
+
+def _nvfp4_model(path):
+    """The product itself is for Blackwell cards: here what was quantised is multiplied in the dtype that it came from."""
     from comfy_models import CONFIGS, model_class, set_up_comfyui
 
     set_up_comfyui(path)
     import comfy.ops
     from comfy.quant_ops import QuantizedTensor
 
-    from rayltx.comfy_dist.self_test import cases_for, forward_arguments
-    from rayltx.comfy_dist.worker_process.kernel_test import rounded_otherwise
-    from rayltx.diffusion_models.lightricks.comfyui_host import sharded
     from rayltx.diffusion_models.lightricks.random_weights import randomise
-    from rayltx.diffusion_models.lightricks.relative_error import relative_error
 
     operations = comfy.ops.mixed_precision_ops({}, torch.float32)
     operations.Linear._forward = lambda self, x, weight, bias: torch.nn.functional.linear(
@@ -382,20 +425,7 @@ def nvfp4_answers(path, degrees):
         else:
             tensors[name] = tensor
     model.load_state_dict(tensors, assign=True)
-    group = SequenceParallelGroup.create(ParallelConfig(*degrees))
-    errors, before = {}, _state(model)
-    with torch.inference_mode():
-        for case in cases_for(model):
-            answers = []
-            changes = [rounded_otherwise(model, seed) for seed in range(4)]
-            for scope in (contextlib.nullcontext(), sharded(model, group), *changes):
-                args, kwargs = forward_arguments(model, case, torch.device("cpu"))
-                with scope:
-                    answers.append(model(*args, **kwargs))
-            error, *noise = (max(map(relative_error, answer, answers[0])) for answer in answers[1:])
-            errors[case.name] = error, max(noise)
-    assert _state(model) == before, "something is left on the model"
-    return errors
+    return model
 
 
 def _plain(tensor):

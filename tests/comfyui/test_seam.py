@@ -7,6 +7,7 @@ from comfy_ranks import (
     audio_of_every_rank,
     layer_traffic,
     nvfp4_answers,
+    nvfp4_steps_with_rows_apart,
     projected_answers,
     projected_calls_of_patched,
     rows_in_blocks,
@@ -80,6 +81,11 @@ def test_a_layer_that_takes_its_scale_from_all_tokens_takes_it_from_all_ranks(co
     """NVFP4 without an input scale: a rank's tokens alone have another largest value, which moved the answer by 8e-2."""
     for case, (error, noise) in ranks.run(2, nvfp4_answers, str(find_comfyui()), degrees)[0].items():
         assert error <= max(TOLERANCE, 1.01 * noise), case
+
+
+def test_a_text_whose_scale_other_rows_have_a_part_in_is_not_kept(comfy, ranks):
+    for one, other in zip(*ranks.run(2, nvfp4_steps_with_rows_apart, str(find_comfyui()))[0]):
+        assert one.equal(other)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
