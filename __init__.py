@@ -26,8 +26,10 @@ if __name__ != "rayltx":
     from rayltx.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
     if "comfy.sd" in sys.modules:  # in ComfyUI
+        from rayltx.nodes.log_lines import name_log_lines
         from rayltx.nodes.requirements_check import warn_of_missing_names
 
+        name_log_lines()
         warn_of_missing_names()
 
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

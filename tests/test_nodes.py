@@ -14,6 +14,7 @@ from rayltx.comfy_dist.main_process.ksampler import SamplingRange
 from rayltx.errors import InputError
 from rayltx.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from rayltx.nodes.initializers import RayInitializer, RayInitializerAdvanced
+from rayltx.nodes.log_lines import name_log_lines
 from rayltx.nodes.simple import RayLTX
 from rayltx.sequence_parallel.partition import DEGREES, ParallelConfig
 
@@ -215,3 +216,14 @@ def test_the_part_of_external_sigmas_that_a_pass_samples(part, expected):
 def test_two_passes_meet():
     first, second = SamplingRange(0, 2, return_with_leftover_noise=True).of(SIGMAS), SamplingRange(2).of(SIGMAS)
     assert first[-1] == second[0]
+
+
+def test_messages_say_whose_they_are(monkeypatch, caplog):
+    """In ComfyUI's process, whose handlers are the root's, as the tests' is."""
+    monkeypatch.setattr(logging.getLogger("rayltx"), "handlers", [])
+    for _ in range(2):
+        name_log_lines()
+    logging.getLogger("rayltx.some.module").warning("%d of %s", 3, "4 % more")
+    logging.getLogger("rayltx").error("RayLTX lacks something")
+    logging.getLogger("another.pack").warning("its own")
+    assert caplog.messages == ["RayLTX: 3 of 4 % more", "RayLTX lacks something", "its own"]

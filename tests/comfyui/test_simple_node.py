@@ -62,7 +62,9 @@ def test_the_model_is_comfyuis_whatever_the_number_of_gpus(server):
         seen = sampled(server, f"on {gpus}", lambda work, gpus=gpus: simple(work, gpus=gpus)[0])
         assert error_of(server, f"on {gpus}", "expected") <= SAMPLING_TOLERANCE
         workers = "1 worker (cpu)" if gpus == 1 else f"{gpus} workers (cpu)"
-        assert f"{BUNDLE} on {workers}: {shared}; VAE from the file, no text encoder in the file" in server.log()
+        assert (
+            f"RayLTX: {BUNDLE} on {workers}: {shared}; VAE from the file, no text encoder in the file" in server.log()
+        )
         on_the_node = [data for kind, data in seen if kind == "preview"]
         assert any(f"{workers}:\n{shared}".encode() in data for data in on_the_node)
     assert server.log().count("exact on") == 2  # two ranks, three: one has nothing to compare
