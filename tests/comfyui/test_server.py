@@ -21,13 +21,15 @@ pytestmark = pytest.mark.comfyui
 def server(comfy, tmp_path_factory):
     import comfy_scenarios as scenarios
 
+    from rayltx.comfy_dist.tiny_checkpoints import known_versions
+
     base = tmp_path_factory.mktemp("comfyui base")
     models = base / "models"
     (models / "diffusion_models").mkdir(parents=True)
     (models / "loras").mkdir()
     (models / "unet").mkdir()
     (models / "checkpoints").mkdir()
-    for version in CONFIGS:
+    for version in known_versions():
         save_tiny_bundle(models / "checkpoints" / f"{version} with VAE.safetensors", version)
         save_tiny_checkpoint(models / "diffusion_models" / f"{version}.safetensors", version)
         quantised = models / "unet" / f"{version}.gguf"
