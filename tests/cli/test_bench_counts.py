@@ -2,7 +2,7 @@
 
 import pytest
 from layer_counts import check, counted
-from rayltx_command import rayltx
+from rayltx_command import rayltx_here
 
 from rayltx.diffusion_models.lightricks.step_cost import LTX_2, StepCost
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -37,5 +37,5 @@ def test_long_videos_fall_with_the_ranks():
 
 @pytest.mark.parametrize("flags, words", [(("--ranks", "0,1"), 'ranks="0,1"'), (("--model", "LTX-9"), "model=LTX-9")])
 def test_what_cannot_be_counted_is_told(flags, words):
-    done = rayltx("bench", "counts", *flags)
+    done = rayltx_here("bench", "counts", *flags)
     assert done.returncode == 2 and words in done.stderr

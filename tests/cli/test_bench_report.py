@@ -5,7 +5,7 @@ import dataclasses
 import json
 
 import pytest
-from rayltx_command import rayltx
+from rayltx_command import rayltx_here
 
 from rayltx.cli.bench import machine, report
 from rayltx.cli.bench.machine import Load
@@ -104,5 +104,5 @@ def test_a_measurement_that_fails_shows_nothing(capsys):
     ],
 )
 def test_what_cannot_be_measured_is_told(flags, words):
-    done = rayltx("bench", *flags)
+    done = rayltx_here("bench", *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rayltx_command import rayltx
+from rayltx_command import rayltx, rayltx_here
 
 from rayltx.cli.doctor import prediction
 from rayltx.cli.gpu_report import checks, shared_device
@@ -143,10 +143,10 @@ def test_the_report_is_written_whole(tmp_path):
 
 
 def test_what_is_asked_wrong_is_said_before_anything_starts(tmp_path):
-    done = rayltx("doctor", "--workers", "2", "--gpu-report", tmp_path / "nowhere" / "report.json")
+    done = rayltx_here("doctor", "--workers", "2", "--gpu-report", tmp_path / "nowhere" / "report.json")
     assert done.returncode == 2 and "a folder that exists" in done.stderr
     assert "Between the workers" not in done.stdout
-    done = rayltx("doctor", "--frames", "120")
+    done = rayltx_here("doctor", "--frames", "120")
     assert done.returncode == 2 and "frames=120 must be 8k + 1" in done.stderr
     done = rayltx("doctor", "--workers", "1", "--comfyui", tmp_path)
     assert done.returncode == 1 and "there is no ComfyUI in that folder" in done.stdout

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from rayltx_command import rayltx
+from rayltx_command import rayltx, rayltx_here
 from safetensors.torch import load_file
 
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
@@ -42,7 +42,7 @@ def test_a_quantised_demo_equals_its_values(demo, tmp_path):
 
 
 def test_info_names_the_types(demo):
-    done = rayltx("info", demo[0])
+    done = rayltx_here("info", demo[0])
     assert done.returncode == 0, done.stderr
     assert "Q8_0 98.9%" in done.stdout and "1.80 million" in done.stdout
 
@@ -50,7 +50,7 @@ def test_info_names_the_types(demo):
 def test_a_broken_file_is_refused_before_anything_starts(demo, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(demo[0].read_bytes()[:-1000])
-    done = rayltx("generate", cut, "--device", "cpu", "--workers", 2)
+    done = rayltx_here("generate", cut, "--device", "cpu", "--workers", 2)
     assert done.returncode == 2 and "cut.gguf" in done.stderr
 
 
@@ -61,6 +61,6 @@ def test_conversion_refuses_what_cannot_be(tmp_path):
         ((tmp_path / "a.safetensors", tmp_path / "a.safetensors"), "same file"),
         ((tmp_path / "none.safetensors", tmp_path / "b.gguf"), "none.safetensors"),
     ):
-        done = rayltx("convert", *arguments)
+        done = rayltx_here("convert", *arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]

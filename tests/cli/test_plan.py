@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from rayltx_command import rayltx
+from rayltx_command import rayltx, rayltx_here
 
 from rayltx.diffusion_models.lightricks.step_cost import LTX_2, StepCost
 from rayltx.diffusion_models.lightricks.step_plan import ASSUMED_CARDS, Work, best, plan, ways_to_share
@@ -66,10 +66,10 @@ def test_the_command_says_where_its_numbers_come_from(tmp_path):
         assert words in in_one_line
     best_line = next(line for line in done.stdout.splitlines() if line.strip().startswith("best"))
     assert "2 x 1 x 2" in best_line
-    found = json.loads(rayltx("plan", "--cfg", 3, "--workers", 4, "--link", 3, "--tflops", 120, "--json").stdout)
+    found = json.loads(rayltx_here("plan", "--cfg", 3, "--workers", 4, "--link", 3, "--tflops", 120, "--json").stdout)
     assert found["cards"]["link_bytes_per_s"] == {"value": 3e9, "origin": "given"}
     assert [each["config"]["cfg_degree"] for each in found["plans"] if each["is_best"]] == [2]
-    assert "bring next to nothing" in rayltx("plan", "--link", 0.01, "--frames", 25).stdout
+    assert "bring next to nothing" in rayltx_here("plan", "--link", 0.01, "--frames", 25).stdout
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,5 @@ def test_the_command_says_where_its_numbers_come_from(tmp_path):
     [(("--workers", 0), "workers=0"), (("--link", -1), "link=-1.0"), (("--width", 100), "multiple of 32")],
 )
 def test_wrong_numbers_are_told(flags, words):
-    done = rayltx("plan", *flags)
+    done = rayltx_here("plan", *flags)
     assert done.returncode == 2 and words in done.stderr
