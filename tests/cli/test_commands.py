@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from rayltx_command import rayltx
+from rayltx_command import rayltx, rayltx_here
 from safetensors.torch import load_file, save_file
 
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
@@ -60,7 +60,7 @@ def test_sound_and_picture_from_conditioning_in_a_file(tmp_path):
 def test_info_says_what_a_file_is(tmp_path):
     model = save_tiny_checkpoint(tmp_path / "ltx23.safetensors", "LTX-2.3", dtype=torch.bfloat16)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    done = rayltx("info", tmp_path / "ltx23.safetensors")
+    done = rayltx_here("info", tmp_path / "ltx23.safetensors")
     assert done.returncode == 0, done.stderr
     expected = (
         "LTX-2.3 transformer",

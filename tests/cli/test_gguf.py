@@ -17,7 +17,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     quantised, plain = folder / "demo.gguf", folder / "demo.safetensors"
     for arguments in ((ROOT / "demo" / "shapes.safetensors", quantised, "--type", "Q8_0"), (quantised, plain)):
-        done = rayltx("convert", *arguments)
+        done = rayltx_here("convert", *arguments)
         assert done.returncode == 0, done.stderr
     return quantised, plain
 

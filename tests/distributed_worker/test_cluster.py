@@ -32,6 +32,10 @@ from cluster_hosts import RememberingHost
 
 TESTS = str(Path(__file__).parents[1])
 FAILING = "cluster_hosts:FailingHost"
+SLOW_EXIT = pytest.param("exit", 1, marks=pytest.mark.slow)
+VERSIONS = [
+    v if v in ("LTX-Video", "LTX-2.3") else pytest.param(v, marks=pytest.mark.slow) for v in TRANSFORMER_CONFIGS
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ def limits(cluster, **limits):
             object.__setattr__(cluster.request, name, value)
 
 
-@pytest.mark.parametrize("version", list(TRANSFORMER_CONFIGS))
+@pytest.mark.parametrize("version", VERSIONS)
 def test_every_version_equals_the_untouched_model_through_ray(cluster, checkpoint_of, version):
     checkpoint, untouched = checkpoint_of(version)
     model = DiffusersModel.of_checkpoint(checkpoint)
@@ -135,7 +139,7 @@ def test_releasing_a_model_leaves_nothing_in_the_store(cluster, checkpoint_of):
     assert [portion() for portion in portions if portion() is not None] == []
 
 
-@pytest.mark.parametrize("kind, replaced", [("exit", 1), ("raise", 0), ("write", 1)])
+@pytest.mark.parametrize("kind, replaced", [SLOW_EXIT, ("raise", 0), ("write", 1)])
 def test_a_rank_that_fails_alone_costs_the_step_and_nothing_else(cluster, loaded, tmp_path, caplog, kind, replaced):
     remote, inputs, reference = loaded
     digest = remote.digest()
@@ -154,7 +158,7 @@ def test_a_rank_that_fails_alone_costs_the_step_and_nothing_else(cluster, loaded
     assert remote.digest() == digest, "a write by one worker reached the others"
 
 
-@pytest.mark.parametrize("kind, replaced", [(None, 0), ("exit", 1), ("raise", 0)])
+@pytest.mark.parametrize("kind, replaced", [(None, 0), SLOW_EXIT, ("raise", 0)])
 def test_the_first_ranks_compute_without_the_others(cluster, loaded, tmp_path, kind, replaced):
     remote, inputs, reference = loaded
     config = ParallelConfig(3, 1)
@@ -194,7 +198,7 @@ def test_one_rank_that_fails_alone_leaves_the_group_of_all_as_it_is(cluster, loa
     assert cluster.group.link_report is report, "the group was formed anew"
 
 
-@pytest.mark.parametrize("kind, replaced", [("exit", 1), ("write", 1), (None, 0)])
+@pytest.mark.parametrize("kind, replaced", [SLOW_EXIT, ("write", 1), (None, 0)])
 def test_one_rank_computes_alone_and_the_group_of_all_stays(cluster, loaded, tmp_path, kind, replaced):
     remote, inputs, reference = loaded
     config = ParallelConfig(3, 1)
