@@ -218,9 +218,8 @@ class MeetingServer:
         try:
             control.at_block(rank)
         except (StepCancelled, RanksDisagree) as error:
-            return error.with_traceback(
-                None
-            )  # which has `control`, for as long as the thread that answers has the error
+            # Without what has `control`, for as long as the thread that answers has the error.
+            return error.with_traceback(None)
         return None
 
     def _on_end(self, number: int, rank: int) -> None:
