@@ -15,8 +15,9 @@ class _Naming(logging.Handler):
             record.msg = f"{_NAME}: {record.msg}"
 
 
+_NAMING = _Naming()
+
+
 def name_log_lines() -> None:
     """Let messages begin with the pack's name from now on, in this process."""
-    package = logging.getLogger("rayltx")
-    if not any(isinstance(handler, _Naming) for handler in package.handlers):
-        package.addHandler(_Naming())
+    logging.getLogger("rayltx").addHandler(_NAMING)  # which is there once, however often this is called

@@ -7,20 +7,14 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+from slow_cases import slow
 
 from rayltx.comfy_dist.tiny_checkpoints import model_class, save_tiny_checkpoint
 from rayltx.comfy_dist.tiny_vaes import VAE_CONFIG, VIDEO_VAES, video_vae_model  # noqa: F401
 from rayltx.diffusion_models.lightricks.checkpoint import OFFICIAL_PREFIX
 from rayltx.diffusion_models.lightricks.random_weights import randomise
 from rayltx.diffusion_models.lightricks.tiny_configs import COMFYUI_CONFIGS as CONFIGS
-
-
-def slow(*values):
-    """Parameters of a test that are left to `-m slow`."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
 
 # The one that has most of what the others have each time; those with `-m slow`.
 VERSIONS = ["LTX-2.3", *slow("LTX-Video", "LTX-2", "LTX-2.5")]

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 from comfy_checkout import find_comfyui
-from comfy_models import VERSIONS, slow
+from comfy_models import VERSIONS
 from comfy_ranks import disguised_cases
+from slow_cases import slow
 
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
 from rayltx.sequence_parallel.partition import ParallelConfig

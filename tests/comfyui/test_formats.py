@@ -12,9 +12,10 @@ from pathlib import Path
 import comfy_scenarios as scenarios
 import pytest
 import torch
-from comfy_models import CONFIGS, quantise, save_tiny_checkpoint, slow
+from comfy_models import CONFIGS, quantise, save_tiny_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from slow_cases import slow
 
 from rayltx.diffusion_models.lightricks.relative_error import relative_error, worst_error
 from rayltx.expansion.comfyui_gguf.convert import convert

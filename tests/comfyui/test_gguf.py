@@ -5,10 +5,11 @@ from __future__ import annotations
 import comfy_scenarios as scenarios
 import pytest
 import torch
-from comfy_models import CONFIGS, VERSIONS, quantise, save_tiny_checkpoint, slow
+from comfy_models import CONFIGS, VERSIONS, quantise, save_tiny_checkpoint
 from comfy_scenarios import SAMPLING_TOLERANCE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from slow_cases import slow
 
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.expansion.comfyui_gguf.convert import convert

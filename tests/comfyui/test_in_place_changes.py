@@ -12,7 +12,8 @@ from unittest import mock
 import comfy_scenarios as scenarios
 import pytest
 import torch
-from comfy_models import CONFIGS, slow
+from comfy_models import CONFIGS
+from slow_cases import slow
 
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.errors import UnsupportedError

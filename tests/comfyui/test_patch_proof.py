@@ -7,7 +7,8 @@ import logging
 import comfy_scenarios as scenarios
 import pytest
 import torch
-from comfy_models import CONFIGS, VERSIONS, slow
+from comfy_models import CONFIGS, VERSIONS
+from slow_cases import slow
 
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.errors import UnsupportedError

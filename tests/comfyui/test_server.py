@@ -6,11 +6,12 @@ import time
 
 import pytest
 from comfy_checkout import find_comfyui
-from comfy_models import CONFIGS, VERSIONS, save_tiny_bundle, save_tiny_checkpoint, slow
+from comfy_models import CONFIGS, VERSIONS, save_tiny_bundle, save_tiny_checkpoint
 from comfy_scenarios import SAMPLING_TOLERANCE
 from comfy_server import PromptFailed, Server
 from comfy_workflows import HEIGHT, STEPS, WIDTH, Workflow, error_of, ksampler, sampler_custom
 from safetensors.torch import save_file
+from slow_cases import slow
 
 from rayltx.expansion.comfyui_gguf.convert import convert
 

@@ -11,8 +11,9 @@ import comfy_scenarios as scenarios
 import pytest
 import torch
 from comfy_checkout import find_comfyui
-from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint, slow
+from comfy_models import CONFIGS, VERSIONS, save_tiny_checkpoint
 from comfy_scenarios import SAMPLING_TOLERANCE
+from slow_cases import slow
 
 from rayltx.diffusion_models.lightricks.relative_error import relative_error
 from rayltx.sequence_parallel.partition import ParallelConfig

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from slow_cases import EMBEDDED_VERSIONS
 
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untouched_forward, worst_error
-from rayltx.diffusion_models.lightricks.tiny_models import TRANSFORMER_CONFIGS, save_tiny_checkpoint
+from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.distributed_worker.cluster import Cluster
 from rayltx.distributed_worker.driver import link
 from rayltx.distributed_worker.host import Host
@@ -33,9 +34,6 @@ from cluster_hosts import RememberingHost
 TESTS = str(Path(__file__).parents[1])
 FAILING = "cluster_hosts:FailingHost"
 SLOW_EXIT = pytest.param("exit", 1, marks=pytest.mark.slow)
-VERSIONS = [
-    v if v in ("LTX-Video", "LTX-2.3") else pytest.param(v, marks=pytest.mark.slow) for v in TRANSFORMER_CONFIGS
-]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +90,7 @@ def limits(cluster, **limits):
             object.__setattr__(cluster.request, name, value)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", EMBEDDED_VERSIONS)
 def test_every_version_equals_the_untouched_model_through_ray(cluster, checkpoint_of, version):
     checkpoint, untouched = checkpoint_of(version)
     model = DiffusersModel.of_checkpoint(checkpoint)

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from slow_cases import slow
 from waiting import wait_for
 
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
@@ -242,9 +243,7 @@ def _run(then, **environment):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, 0))]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, *slow(signal.SIGTERM, 0)])
 def test_nothing_is_left_of_a_process_that_ended(number):
     """0: it ends by itself."""
     process = _run("time.sleep(3600)" if number else "")

@@ -5,12 +5,12 @@ import functools
 import pytest
 import torch
 from embedded_host import load_host
+from slow_cases import EMBEDDED_VERSIONS
 
 from rayltx.diffusion_models.lightricks.checkpoint import open_checkpoint
 from rayltx.diffusion_models.lightricks.diffusers_model import DiffusersModel
 from rayltx.diffusion_models.lightricks.exactness import CASES, cases_for, untouched_forward, worst_error
 from rayltx.diffusion_models.lightricks.relative_error import TOLERANCE
-from rayltx.diffusion_models.lightricks.tiny_configs import TRANSFORMER_CONFIGS
 from rayltx.diffusion_models.lightricks.tiny_models import save_tiny_checkpoint
 from rayltx.sequence_parallel.group import SequenceParallelGroup
 from rayltx.sequence_parallel.partition import ParallelConfig
@@ -23,9 +23,6 @@ UNEQUAL = [
     (2, 1, 2, 1, (1.0, 2.0, 2.0, 1.0)),
     (2, 1, 1, 1, (1e6, 1.0)),
 ]
-VERSIONS = list(TRANSFORMER_CONFIGS)
-# Those whose forwards have most of what the others' have.
-IN_SHORT = [v if v in ("LTX-Video", "LTX-2.3") else pytest.param(v, marks=pytest.mark.slow) for v in VERSIONS]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def run_cases(path, degrees, names, dtype=torch.float32):
     return answers
 
 
-@pytest.mark.parametrize("version", IN_SHORT)
+@pytest.mark.parametrize("version", EMBEDDED_VERSIONS)
 @pytest.mark.parametrize("degrees", [*DEGREES, *ROWS_APART, *UNEQUAL])
 def test_every_case_equals_the_untouched_model(ranks, checkpoints, version, degrees):
     path, untouched = checkpoints(version)
@@ -70,7 +67,7 @@ def test_every_case_equals_the_untouched_model(ranks, checkpoints, version, degr
     assert max(errors.values()) <= TOLERANCE, errors
 
 
-@pytest.mark.parametrize("version", IN_SHORT)
+@pytest.mark.parametrize("version", EMBEDDED_VERSIONS)
 @pytest.mark.parametrize("degrees", [(2, 1), (4, 1), (1, 3), (2, 2)])
 def test_bfloat16_is_no_further_from_float64_than_one_rank(ranks, checkpoints, version, degrees):
     path, untouched = checkpoints(version, torch.bfloat16)
